@@ -1,0 +1,171 @@
+"""The cards: facts about every paper transom knows, whether it works here yet or not.
+
+The facts live in `data/papers.json`, one card a line. What a card does not say, on purpose, is
+whether the paper works: that is read from the registry (`transom.registry.methods()`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+from transom.errors import TransomError
+
+FAMILIES = (
+    "action",
+    "adaptation",
+    "attention",
+    "compression",
+    "fusion",
+    "generation",
+    "lens",
+    "systems",
+    "tokens",
+    "vision_language",
+)
+KINDS = ("method", "backbone", "objective", "lens", "pipeline")
+CODE_STATUS = ("available", "partial", "not released", "not found")
+
+# A word in the slug or in a name says more than the same word somewhere in a title.
+_WEIGHTS = {"slug": 8, "names": 8, "family": 4, "kind": 4, "keywords": 3, "title": 3, "venue": 1}
+
+
+@dataclass(frozen=True)
+class Code:
+    """A public repository and the commit that was read."""
+
+    repository: str
+    commit: str | None = None
+    licence: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of the repository, at the commit where one is known."""
+        tree = f"/tree/{self.commit}" if self.commit else ""
+        return f"https://github.com/{self.repository}{tree}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of one paper.
+
+    Attributes:
+        slug: key in the registry, on the command line and in the docs.
+        family: one of `FAMILIES`.
+        year: of the first public version.
+        title: as published.
+        kind: one of `KINDS`: what the paper mainly is here.
+        venue: where it appeared, if known.
+        names: what people call it.
+        keywords: a few words to find it by.
+        links: addresses given in the paper's abstract.
+        code_status: one of `CODE_STATUS`, about the authors' own code.
+        code: the authors' repository; None where there is none with the paper's code.
+        related_code: other repositories a reader may want: ports, substrates, later homes.
+        anchor: True for a paper outside the list, kept because the list is compared with it.
+    """
+
+    slug: str
+    family: str
+    year: int
+    title: str
+    kind: str
+    venue: str | None = None
+    names: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    code_status: str = "not found"
+    code: Code | None = None
+    related_code: tuple[Code, ...] = ()
+    anchor: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: the first of `names`, else the slug."""
+        return self.names[0] if self.names else self.slug
+
+
+def _card(record: Mapping[str, object]) -> Card:
+    fields = dict(record)
+    for key in ("names", "keywords", "links"):
+        fields[key] = tuple(fields[key])  # type: ignore[arg-type]
+    code = fields["code"]
+    fields["code"] = Code(**code) if code else None  # type: ignore[arg-type]
+    fields["related_code"] = tuple(Code(**each) for each in fields["related_code"])  # type: ignore
+    return Card(**fields)  # type: ignore[arg-type]
+
+
+@cache
+def load_cards() -> Mapping[str, Card]:
+    """All cards by slug, in alphabetical order.
+
+    Returns:
+        A read-only mapping: the 89 papers of the list and the anchors (see `Card.anchor`).
+    """
+    facts = resources.files("transom") / "data" / "papers.json"
+    text = facts.read_text(encoding="utf-8")
+    return MappingProxyType({record["slug"]: _card(record) for record in json.loads(text)})
+
+
+def card(slug: str) -> Card:
+    """The card of one paper.
+
+    Raises:
+        TransomError: no paper has this slug; the message names the closest ones.
+    """
+    cards = load_cards()
+    if slug in cards:
+        return cards[slug]
+    near = ", ".join(each.slug for each in search([slug])[:5])
+    hint = f"did you mean: {near}" if near else "`transom papers` lists all slugs"
+    raise TransomError(f"no paper has the slug {slug!r}; {hint}")
+
+
+def search(words: str | Iterable[str]) -> list[Card]:
+    """Cards that match every word, best first; ties in alphabetical order.
+
+    A word matches where it begins a word of the slug, names, family, kind, keywords, title or
+    venue, without regard to case; a year matches as a number. No words match everything.
+
+    Args:
+        words: a line to be split at blanks, or words.
+    """
+    line = words if isinstance(words, str) else " ".join(words)
+    wanted = _words(line)
+    scored = [(_score(each, wanted), each) for each in load_cards().values()]
+    return [each for score, each in sorted(scored, key=lambda pair: -pair[0]) if score > 0]
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[^0-9a-z+]+", text.lower()) if word]
+
+
+def _score(each: Card, wanted: list[str]) -> int:
+    """Sum over the wanted words of all places where each occurs; 0 when one is missing."""
+    places = {
+        "slug": each.slug,
+        "names": " ".join(each.names),
+        "family": each.family,
+        "kind": each.kind,
+        "keywords": " ".join(each.keywords),
+        "title": each.title,
+        "venue": f"{each.venue or ''} {each.year}",
+    }
+    found = {place: _words(text) for place, text in places.items()}
+    total = 1
+    for word in wanted:
+        score = sum(
+            # A whole word counts twice as much as the beginning of one.
+            _WEIGHTS[place] * (2 if word in there else 1)
+            for place, there in found.items()
+            if any(other.startswith(word) for other in there)
+        )
+        if score == 0:
+            return 0
+        total += score
+    return total
