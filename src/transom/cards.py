@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from types import MappingProxyType
+from typing import Any
 
 from transom.errors import TransomError
 
@@ -90,26 +90,29 @@ class Card:
         return self.names[0] if self.names else self.slug
 
 
-def _card(record: Mapping[str, object]) -> Card:
+def _card(record: Mapping[str, Any]) -> Card:
     fields = dict(record)
     for key in ("names", "keywords", "links"):
-        fields[key] = tuple(fields[key])  # type: ignore[arg-type]
-    code = fields["code"]
-    fields["code"] = Code(**code) if code else None  # type: ignore[arg-type]
-    fields["related_code"] = tuple(Code(**each) for each in fields["related_code"])  # type: ignore
-    return Card(**fields)  # type: ignore[arg-type]
+        fields[key] = tuple(fields[key])
+    fields["code"] = Code(**fields["code"]) if fields["code"] else None
+    fields["related_code"] = tuple(Code(**each) for each in fields["related_code"])
+    return Card(**fields)
 
 
-@cache
-def load_cards() -> Mapping[str, Card]:
+def load_cards() -> dict[str, Card]:
     """All cards by slug, in alphabetical order.
 
     Returns:
-        A read-only mapping: the 89 papers of the list and the anchors (see `Card.anchor`).
+        The 89 papers of the list and the anchors (see `Card.anchor`); a new dict each time.
     """
+    return dict(_cards())
+
+
+@cache
+def _cards() -> dict[str, Card]:
     facts = resources.files("transom") / "data" / "papers.json"
-    text = facts.read_text(encoding="utf-8")
-    return MappingProxyType({record["slug"]: _card(record) for record in json.loads(text)})
+    records = json.loads(facts.read_text(encoding="utf-8"))
+    return {record["slug"]: _card(record) for record in records}
 
 
 def card(slug: str) -> Card:
@@ -118,9 +121,8 @@ def card(slug: str) -> Card:
     Raises:
         TransomError: no paper has this slug; the message names the closest ones.
     """
-    cards = load_cards()
-    if slug in cards:
-        return cards[slug]
+    if slug in _cards():
+        return _cards()[slug]
     near = ", ".join(each.slug for each in search([slug])[:5])
     hint = f"did you mean: {near}" if near else "`transom papers` lists all slugs"
     raise TransomError(f"no paper has the slug {slug!r}; {hint}")
@@ -137,7 +139,7 @@ def search(words: str | Iterable[str]) -> list[Card]:
     """
     line = words if isinstance(words, str) else " ".join(words)
     wanted = _words(line)
-    scored = [(_score(each, wanted), each) for each in load_cards().values()]
+    scored = [(_score(each, wanted), each) for each in _cards().values()]
     return [each for score, each in sorted(scored, key=lambda pair: -pair[0]) if score > 0]
 
 

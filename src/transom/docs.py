@@ -1,0 +1,278 @@
+"""Keeps the generated parts of the documentation current.
+
+    python -m transom.docs            rewrite what is stale
+    python -m transom.docs --check    change nothing; name what is stale and exit with 1
+
+Two things are generated, both from the registry and the cards: what stands between
+`<!-- generated:NAME -->` and `<!-- /generated -->` in README.md and docs/, and one page
+docs/papers/SLUG.md for every paper that works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from transom import registry
+from transom.cards import Card, Code, load_cards
+from transom.errors import TransomError
+
+_PART = re.compile(
+    r"(?P<open><!-- generated:(?P<name>[\w-]+) -->)\n(?P<body>.*?)(?P<close><!-- /generated -->)",
+    re.DOTALL,
+)
+
+
+def build(root: Path) -> dict[Path, str]:
+    """What every documentation file with a generated part should hold.
+
+    Args:
+        root: of the repository, where README.md and docs/ are.
+
+    Raises:
+        TransomError: a file asks for a part that does not exist.
+    """
+    wanted = {}
+    papers = root / "docs" / "papers"
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        if path.parent != papers and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if _PART.search(text):
+                wanted[path] = _filled(path, text)
+    for each in _working():
+        wanted[papers / f"{each.slug}.md"] = page(each)
+    return wanted
+
+
+def stale(root: Path) -> list[Path]:
+    """Files whose generated parts are not current, pages that should not exist included."""
+    wanted = build(root)
+    wrong = [
+        path
+        for path, text in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    return wrong + [page for page in _pages(root) if page not in wanted]
+
+
+def write(root: Path) -> list[Path]:
+    """Make every generated part current; returns the files that changed."""
+    changed = stale(root)
+    wanted = build(root)
+    for path in changed:
+        if path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+    return changed
+
+
+def page(card: Card) -> str:
+    """The page of one paper that works: its facts, its settings, its room's own words."""
+    method = registry.methods()[card.slug]
+    room = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
+    facts = [
+        ("paper", f"{card.title} ({', '.join(filter(None, [card.venue, str(card.year)]))})"),
+        ("family", card.family),
+        ("kind", card.kind),
+        ("authors' code", _code(card)),
+        ("links", " ".join(f"<{link}>" for link in card.links)),
+        ("room", f"`{method.__module__}`"),
+    ]
+    return "\n".join(
+        [
+            "<!-- made by `python -m transom.docs`: change the room or the card, not this page -->",
+            f"# {card.name}",
+            "",
+            *_table(["", ""], [fact for fact in facts if fact[1]]),
+            "",
+            "## Settings",
+            "",
+            *_settings(method),
+            "",
+            "## From its room",
+            "",
+            "```text",
+            room,
+            "```",
+            "",
+        ]
+    )
+
+
+def _settings(method: type) -> list[str]:
+    meanings = _meanings(method)
+    rows = [
+        (f"`{field.name}`", f"`{field.type}`", _default(field), meanings.get(field.name, ""))
+        for field in dataclasses.fields(method)
+        if field.init
+    ]
+    example = f"from {method.__module__} import {method.__name__}"
+    if all(row[2] for row in rows):
+        example += f"\n\nmethod = {method()!r}  # the defaults"
+    code = ["```python", *example.split("\n"), "```"]
+    if not rows:
+        return [*code, "", "It has no settings."]
+    return [*code, "", *_table(["setting", "type", "default", "meaning"], rows)]
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()!r}`"
+    return ""
+
+
+def _meanings(method: type) -> dict[str, str]:
+    """What the class docstring says about each field under `Attributes:` or `Args:`."""
+    lines = inspect.cleandoc(method.__doc__ or "").split("\n")
+    heads = [i for i, line in enumerate(lines) if line.strip() in ("Attributes:", "Args:")]
+    if not heads:
+        return {}
+    section: list[str] = []
+    for line in lines[heads[0] + 1 :]:
+        if line and not line.startswith(" "):
+            break
+        section.append(line)
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in textwrap.dedent("\n".join(section)).split("\n"):
+        entry = re.match(r"(\w+)(?: \([^)]*\))?: (.*)", line)
+        if entry:
+            name = entry[1]
+            meanings[name] = entry[2].strip()
+        elif name and line.strip():
+            meanings[name] += " " + line.strip()
+    return meanings
+
+
+def _working() -> list[Card]:
+    methods = registry.methods()
+    return [card for card in load_cards().values() if card.slug in methods]
+
+
+def _coming() -> list[Card]:
+    methods = registry.methods()
+    return [card for card in load_cards().values() if card.slug not in methods]
+
+
+def _papers_in() -> list[str]:
+    rows = [
+        (f"[`{card.slug}`](docs/papers/{card.slug}.md)", card.title, card.family, str(card.year))
+        for card in _working()
+    ]
+    return _table(["slug", "paper", "family", "year"], rows)
+
+
+def _papers_coming() -> list[str]:
+    cards = sorted(_coming(), key=lambda card: (card.family, card.slug))
+    rows = [
+        (f"`{card.slug}`", card.title, card.family, str(card.year), card.kind) for card in cards
+    ]
+    return _table(["slug", "paper", "family", "year", "kind"], rows)
+
+
+def _papers_count() -> list[str]:
+    listed = [card for card in load_cards().values() if not card.anchor]
+    working = [card for card in _working() if not card.anchor]
+    anchors = [f"`{card.slug}`" for card in _working() if card.anchor]
+    more = f", and {', '.join(anchors)}, which they are compared with" if anchors else ""
+    return [f"{len(working)} of the {len(listed)} papers of the list work today{more}."]
+
+
+def _baselines() -> list[str]:
+    rows = []
+    for slug, method in registry.methods().items():
+        if slug not in load_cards():
+            says = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            rows.append((f"`{slug}`", says))
+    return _table(["slug", "what it does"], rows)
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "papers-in": _papers_in,
+    "papers-coming": _papers_coming,
+    "papers-count": _papers_count,
+    "baselines": _baselines,
+}
+
+
+def _filled(path: Path, text: str) -> str:
+    def fill(part: re.Match[str]) -> str:
+        name = part["name"]
+        if name not in PARTS:
+            raise TransomError(
+                f"{path} asks for the generated part {name!r}; known are {', '.join(PARTS)}"
+            )
+        lines = PARTS[name]()
+        if path.parent.name == "docs":
+            lines = [line.replace("](docs/", "](") for line in lines]
+        return "\n".join([part["open"], "", *lines, "", part["close"]])
+
+    return _PART.sub(fill, text)
+
+
+def _pages(root: Path) -> list[Path]:
+    return sorted((root / "docs" / "papers").glob("*.md"))
+
+
+def _code(card: Card) -> str:
+    if card.code is None:
+        return card.code_status
+    return f"{_link(card.code)}, {card.code_status}"
+
+
+def _link(code: Code) -> str:
+    return f"[{code.repository}]({code.url}) ({code.licence or 'no licence file'})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in cells),
+    ]
+
+
+def _root() -> Path:
+    """The checkout this module is in, else the folder the command runs in."""
+    for folder in [*Path(__file__).resolve().parents, Path.cwd()]:
+        if (folder / "pyproject.toml").is_file() and (folder / "docs").is_dir():
+            return folder
+    raise TransomError("no documentation here: run this in a checkout of transom")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m transom.docs`; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m transom.docs", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--check", action="store_true", help="change nothing, report stale files")
+    parser.add_argument("--root", type=Path, help="the checkout (default: the one in use)")
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        root = options.root or _root()
+        paths = stale(root) if options.check else write(root)
+    except TransomError as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    for path in paths:
+        console.print(f"{'stale' if options.check else 'written'}: {path.relative_to(root)}")
+    if options.check and paths:
+        console.print("run `python -m transom.docs` and commit the result")
+    return 1 if options.check and paths else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
