@@ -1,0 +1,34 @@
+"""transom: published ideas about attention and tokens, fitted to the transformer you run."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from transom import registry
+from transom.api import Fitting, adjust, apply, fittings, load, remove, save, trace
+from transom.errors import TransomError
+from transom.tokens import restore
+
+__all__ = [
+    "Fitting",
+    "TransomError",
+    "adjust",
+    "apply",
+    "compare",
+    "fittings",
+    "load",
+    "registry",
+    "remove",
+    "restore",
+    "save",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> object:
+    # measuring needs matplotlib and friends, fitting does not
+    if name == "compare":
+        from transom.measure.compare import compare
+
+        return compare
+    raise AttributeError(f"module 'transom' has no attribute {name!r}")

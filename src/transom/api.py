@@ -1,0 +1,509 @@
+"""Fit methods to a host in place, and take them out again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import transom
+from transom import hosts, registry
+from transom.errors import CheckpointError, FitError, HostError, SettingsError
+from transom.hosts import Change, Host
+from transom.registry import Method
+from transom.slots import BlockFlow, Fill, FittedStack, Restore, StackState, Trace, tracing
+
+Where = int | slice | Sequence[int] | None
+
+_KEY = "_transom"
+_PREFIX = "transom"
+_FORMAT = "transom-fittings-1"
+
+
+@dataclass
+class Fitting:
+    """What :func:`apply` put into one host.
+
+    Attributes:
+        method: the hyperparameters.
+        host: the adapter's view of the model.
+        where: blocks the method was restricted to; None for all.
+        restore: what was asked for; None lets the host decide.
+        fills: what fills the slots of each block.
+    """
+
+    method: Method
+    host: Host
+    where: list[int] | None
+    restore: Restore | None
+    fills: list[Fill]
+
+    @property
+    def slug(self) -> str:
+        """Registry key of the method."""
+        return self.method.slug
+
+    def __repr__(self) -> str:
+        return f"Fitting({self.method!r} on {self.host.family})"
+
+
+@dataclass
+class _Installation:
+    """Everything that is fitted to one host, and the journal that undoes it."""
+
+    host: Host
+    flows: list[BlockFlow]
+    state: StackState
+    journal: list[Change] = field(default_factory=list)
+    fittings: list[Fitting] = field(default_factory=list)
+
+    def refresh(self) -> None:
+        """Bring the flows in line with the fittings."""
+        fills = [Fill()] * self.host.depth
+        for fitting in self.fittings:
+            fills = [a.joined(b) for a, b in zip(fills, fitting.fills, strict=True)]
+        # keys keep their size bias behind the last fill that made sizes
+        for flow, fill in zip(self.flows, fills, strict=True):
+            flow.fill = fill
+        self.state.reduces = any(fill.tokens is not None for fill in fills)
+        self.state.restore = self._restore(fills)
+
+    def _restore(self, fills: list[Fill]) -> Restore:
+        asked = [f.restore for f in self.fittings if f.restore is not None]
+        drops = any(fill.drops for fill in fills)
+        if asked:
+            restore: Restore = max(asked, key=["never", "end", "every"].index)
+        elif self.host.reads == "maps":
+            restore = "every"
+        elif self.host.reads == "tokens" or (self.host.reads == "pooled" and not drops):
+            restore = "end"
+        else:
+            restore = "never"
+        # features of dropped tokens travel in the sequence that the host's loop carries
+        return "every" if restore == "end" and drops else restore
+
+
+def apply(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    where: Where = None,
+    restore: Restore | None = None,
+    check: bool = True,
+    checked: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Fit a method to a model, in place.
+
+    Args:
+        model: a supported host, or a model that contains one.
+        method: slug ("tome") or instance (ToMe(r=8)).
+        where: blocks to fit: an index, several, or a slice; all when None.
+        restore: when tokens are restored to the full sequence: "never", at the "end" of the
+            stack, or after "every" block. Merged tokens become copies; dropped ones keep the
+            features they last had. By default the host decides: never where only the class token
+            is read, at the end where tokens are averaged or returned, after every block where
+            they are used as maps.
+        check: run one small input through the model before and after the neutral fitting and
+            refuse the host if the outputs differ.
+        checked: look for NaN and infinity before every reduction (slower).
+        **settings: hyperparameters of the method.
+
+    Returns:
+        The same model.
+
+    Raises:
+        HostError: the model is no supported host, or a part of it is not known.
+        FitError: the host lacks what the method needs, or a slot is taken.
+        SettingsError: a setting is unknown or out of range.
+
+    In every case of an error the model is left as it was.
+    """
+    built = registry.build(method, settings)
+    if restore not in (None, "never", "end", "every"):
+        raise SettingsError(
+            f"restore is {restore!r}; expected 'never', 'end', 'every' or None"
+        )
+    installation = _installed(model)
+    host = hosts.find(model) if installation is None else installation.host
+    fitting = _fitting(host, built, where, restore)
+    if installation is not None:
+        _refuse_taken(installation, fitting)
+        installation.fittings.append(fitting)
+        try:
+            _add_modules(installation, fitting)
+        except BaseException:
+            installation.fittings.remove(fitting)
+            raise
+        installation.state.checked |= checked
+        installation.refresh()
+        return model
+    expected = _example_output(host) if check else None
+    installation = _install(host)
+    try:
+        if expected is not None:
+            _compare(host, expected, _example_output(host))
+        installation.fittings.append(fitting)
+        _add_modules(installation, fitting)
+    except BaseException:
+        _uninstall(installation)
+        raise
+    installation.state.checked = checked
+    installation.refresh()
+    return model
+
+
+def remove(model: nn.Module, slug: str | None = None) -> nn.Module:
+    """Take a method out of a model, or all of them.
+
+    Args:
+        model: that :func:`apply` was called on.
+        slug: of the method; None removes everything.
+
+    Returns:
+        The same model; bit for bit as it was when nothing is left fitted.
+
+    Raises:
+        FitError: nothing is fitted, or not this method.
+    """
+    installation = _expect(model)
+    if slug is not None and slug not in [f.slug for f in installation.fittings]:
+        raise FitError(
+            f"{slug!r} is not fitted; fitted are {[f.slug for f in installation.fittings]}"
+        )
+    rest = [f for f in installation.fittings if slug is not None and f.slug != slug]
+    _drop_modules(installation, [f for f in installation.fittings if f not in rest])
+    installation.fittings = rest
+    if rest:
+        installation.refresh()
+    else:
+        _uninstall(installation)
+    return model
+
+
+def fittings(model: nn.Module) -> tuple[Fitting, ...]:
+    """What is fitted to a model, in the order it was applied; empty when nothing is."""
+    installation = _installed(model)
+    return () if installation is None else tuple(installation.fittings)
+
+
+class Adjustment(contextlib.AbstractContextManager["Adjustment"]):
+    """Returned by :func:`adjust`; leaving it as a context puts the settings back."""
+
+    def __init__(self, installation: _Installation, place: int, before: Fitting) -> None:
+        self._installation, self._place, self._before = installation, place, before
+
+    def __exit__(self, *exc: object) -> None:
+        self._installation.fittings[self._place] = self._before
+        self._installation.refresh()
+
+
+def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjustment:
+    """Change settings of a fitted method, for good or for the length of a `with` block.
+
+    The change concerns the model, not one call: other threads see it too.
+
+    Args:
+        model: that the method is fitted to.
+        slug: of the method; may be left out when only one is fitted.
+        **settings: hyperparameters to change.
+
+    Returns:
+        A context manager that puts the earlier settings back when it is left; as a plain call the
+        change stays.
+
+    Raises:
+        FitError: nothing is fitted, or it is not clear what is meant.
+        SettingsError: a setting is unknown or out of range.
+    """
+    installation = _expect(model)
+    places = [i for i, f in enumerate(installation.fittings) if slug in (None, f.slug)]
+    if len(places) != 1:
+        raise FitError(
+            f"{slug or 'no slug'} names {len(places)} of the fitted methods "
+            f"{[f.slug for f in installation.fittings]}; expected exactly one"
+        )
+    before = installation.fittings[places[0]]
+    changed = registry.build(before.method, settings)
+    if any(isinstance(part, nn.Module) for fill in before.fills for part in _parts(fill)):
+        raise FitError(
+            f"{before.slug} has parameters of its own, which new settings would discard; remove "
+            "it and apply it again"
+        )
+    installation.fittings[places[0]] = _fitting(
+        before.host, changed, before.where, before.restore
+    )
+    installation.refresh()
+    return Adjustment(installation, places[0], before)
+
+
+@contextlib.contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Record where the tokens go in calls of `model` inside this context.
+
+    Args:
+        model: with a fitted method.
+
+    Yields:
+        A :class:`~transom.slots.Trace` that holds the latest call's records. Compiled calls are
+        not traced.
+
+    Raises:
+        FitError: nothing is fitted.
+    """
+    stack = _expect(model).host.stack
+    assert isinstance(stack, FittedStack)
+    with tracing(stack) as record:
+        yield record
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write what is fitted to a model, and the parameters that came with it.
+
+    Args:
+        model: with at least one fitted method.
+        path: of a safetensors file. The host's own parameters are not in it.
+
+    Raises:
+        FitError: nothing is fitted.
+    """
+    from safetensors.torch import save_file
+
+    installation = _expect(model)
+    described = [
+        {"slug": f.slug, "settings": f.method.settings(), "where": f.where, "restore": f.restore}
+        for f in installation.fittings
+    ]
+    metadata = {
+        "format": _FORMAT,
+        "transom": transom.__version__,
+        "fittings": json.dumps(described),
+        "host": json.dumps(_description(installation.host)),
+    }
+    own = getattr(installation.host.root, _PREFIX, None)
+    tensors: dict[str, Tensor] = {} if own is None else own.state_dict()
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = f"{os.fspath(path)}.part"
+    save_file(contiguous, temporary, metadata)
+    os.replace(temporary, path)  # a broken-off write never replaces a good file
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, check: bool = True) -> nn.Module:
+    """Fit to a fresh host what :func:`save` wrote.
+
+    Args:
+        model: a host of the same family, depth and width with nothing fitted.
+        path: of the file.
+        check: as in :func:`apply`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the file is no fitting, or it belongs to another host or method.
+        FitError: something is fitted already.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if fittings(model):
+        raise FitError("the model has fitted methods already; transom.remove(model) first")
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {os.fspath(path)!r}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{os.fspath(path)!r} is no safetensors file: {error}") from None
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} holds tensors but no transom fitting; expected a file that "
+            "transom.save wrote"
+        )
+    wanted, have = json.loads(metadata["host"]), _description(hosts.find(model))
+    if wanted != have:
+        raise CheckpointError(f"the fitting was saved for a host {wanted}, but this one is {have}")
+    try:
+        for entry in json.loads(metadata["fittings"]):
+            method = registry.build(entry["slug"], _tuples(entry["settings"]))
+            apply(model, method, where=entry["where"], restore=entry["restore"], check=check)
+        own = getattr(_expect(model).host.root, _PREFIX, nn.Module())
+        own.load_state_dict(tensors)
+    except (SettingsError, RuntimeError) as error:
+        if fittings(model):
+            remove(model)
+        raise CheckpointError(f"{os.fspath(path)!r} does not fit its method: {error}") from error
+    return model
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+def _description(host: Host) -> dict[str, Any]:
+    return {"family": host.family, "depth": host.depth, "width": host.width}
+
+
+def _installed(model: nn.Module) -> _Installation | None:
+    if not isinstance(model, nn.Module):
+        raise HostError(f"got a {type(model).__name__}; expected a torch.nn.Module")
+    for module in model.modules():
+        if _KEY in module.__dict__:
+            return module.__dict__[_KEY]
+    return None
+
+
+def _expect(model: nn.Module) -> _Installation:
+    installation = _installed(model)
+    if installation is None:
+        raise FitError(f"nothing is fitted to this {type(model).__name__}; call transom.apply first")
+    return installation
+
+
+def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) -> Fitting:
+    if method.needs_class_token and not host.class_token:
+        raise FitError(
+            f"{method.slug} needs a class token, and this {host.family} has none; 'tome', "
+            "'pitome' and 'random' do without"
+        )
+    chosen = _chosen(where, host.depth)
+    fills = method.fit(host)
+    if chosen is not None:
+        # outside the chosen blocks nothing is filled, but keys still count by their size
+        rest = [Fill(size_bias=fill.size_bias) for fill in fills]
+        fills = [fill if i in chosen else rest[i] for i, fill in enumerate(fills)]
+    return Fitting(method, host, chosen, restore, fills)
+
+
+def _chosen(where: Where, depth: int) -> list[int] | None:
+    if where is None:
+        return None
+    if isinstance(where, slice):
+        chosen = list(range(depth))[where]
+    else:
+        given = [where] if isinstance(where, int) else list(where)
+        wrong = [i for i in given if not isinstance(i, int) or not -depth <= i < depth]
+        if wrong:
+            raise SettingsError(
+                f"where names block {wrong[0]!r}, but the host has blocks 0 to {depth - 1}"
+            )
+        chosen = sorted({i % depth for i in given})
+    if not chosen:
+        raise FitError(f"where={where!r} leaves no block of {depth}, so nothing would be fitted")
+    return chosen
+
+
+def _refuse_taken(installation: _Installation, new: Fitting) -> None:
+    for old in installation.fittings:
+        for i, (a, b) in enumerate(zip(old.fills, new.fills, strict=True)):
+            taken = a.slots() & b.slots()
+            if taken or old.slug == new.slug:
+                slot = f"slot {sorted(taken)[0]!r} of block {i}" if taken else "this host"
+                raise FitError(
+                    f"{slot} is taken by {old.slug}; transom.remove(model, {old.slug!r}) first"
+                )
+
+
+def _install(host: Host) -> _Installation:
+    state = StackState(host.prefix, host.grid)
+    flows = [
+        BlockFlow(view, state, i, f"{host.stack_name}.{i}") for i, view in enumerate(host.views)
+    ]
+    installation = _Installation(host, flows, state)
+    expected = {nn.Sequential, nn.ModuleList}
+    if type(host.stack) not in expected:
+        raise HostError(
+            f"{host.stack_name} is a {type(host.stack).__name__}; expected a plain nn.Sequential "
+            "or nn.ModuleList"
+        )
+    for view in host.views:
+        if "forward" in view.module.__dict__:
+            raise HostError(
+                f"a block ({type(view.module).__name__}) has a forward of its own put over it, "
+                "for example by accelerate; remove that first, transom would switch it off"
+            )
+    journal = installation.journal
+    try:
+        journal.append(hosts.put(host.root, _KEY, installation))
+        journal.append(hosts.put(host.stack, "fitted", state))
+        journal.append(hosts.put(host.stack, "__class__", FittedStack))
+        for flow in flows:
+            journal.append(hosts.put(flow.view.module, "forward", flow))
+        for change in host.install():
+            journal.append(change)
+    except BaseException:
+        _uninstall(installation)
+        raise
+    return installation
+
+
+def _uninstall(installation: _Installation) -> None:
+    _drop_modules(installation, installation.fittings)
+    for change in reversed(installation.journal):
+        change.undo()
+    installation.journal.clear()
+
+
+def _parts(fill: Fill) -> Iterable[object]:
+    return (fill.tokens, fill.attention)
+
+
+def _add_modules(installation: _Installation, fitting: Fitting) -> None:
+    """Register parameters that come with a method under one prefix of the host."""
+    new = [part for fill in fitting.fills for part in _parts(fill) if isinstance(part, nn.Module)]
+    if not new:
+        return
+    root = installation.host.root
+    if not hasattr(root, _PREFIX):
+        root.add_module(_PREFIX, nn.ModuleDict())
+    like = next(root.parameters())
+    owned: Any = getattr(root, _PREFIX)
+    owned[fitting.slug] = nn.ModuleList(new).to(device=like.device, dtype=like.dtype)
+
+
+def _drop_modules(installation: _Installation, gone: Iterable[Fitting]) -> None:
+    owned: Any = getattr(installation.host.root, _PREFIX, None)
+    if owned is None:
+        return
+    for fitting in gone:
+        if fitting.slug in owned:
+            del owned[fitting.slug]
+    if not len(owned):
+        delattr(installation.host.root, _PREFIX)
+
+
+def _example_output(host: Host) -> list[Tensor]:
+    training = host.root.training
+    modes = {module: module.training for module in host.root.modules()} if training else {}
+    host.root.eval()
+    try:
+        with torch.no_grad():
+            return _tensors(host.root(host.example()))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Every tensor in a model's output: a tensor, a mapping, or a nest of sequences."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [t for part in parts if part is not None for t in _tensors(part)]
+
+
+def _compare(host: Host, expected: list[Tensor], got: list[Tensor]) -> None:
+    for a, b in zip(expected, got, strict=True):
+        tolerance = 32 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+        if a.shape != b.shape or not torch.allclose(a, b, tolerance, tolerance, equal_nan=True):
+            raise HostError(
+                f"the neutral fitting of this {host.family} ({type(host.root).__name__}) changes "
+                "its output, so its blocks are not what they look like; nothing was fitted. "
+                "Please report the model; check=False skips this test"
+            )

@@ -1,0 +1,31 @@
+"""Every exception transom raises on purpose."""
+
+from __future__ import annotations
+
+
+class TransomError(Exception):
+    """Base of all exceptions of transom."""
+
+
+class HostError(TransomError):
+    """The model cannot be used as a host: its family is unknown, or a part of it is."""
+
+
+class FitError(TransomError):
+    """A method cannot be fitted to this host, or not beside what is fitted already."""
+
+
+class SettingsError(TransomError, ValueError):
+    """A hyperparameter is unknown or out of range."""
+
+
+class TokensError(TransomError):
+    """The tokens of a running call are not what a fitted block expects."""
+
+
+class CheckpointError(TransomError):
+    """A saved fitting cannot be read, or belongs to something else."""
+
+
+class DataError(TransomError):
+    """Images or labels cannot be used for a measurement."""

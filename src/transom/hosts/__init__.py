@@ -1,0 +1,52 @@
+"""Hosts: one adapter a family gives the engine one view of a user's model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from transom.errors import HostError
+from transom.hosts import hf_vision, timm_vit
+from transom.hosts.base import Change, Host, put
+
+__all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
+
+ADAPTERS = (timm_vit, hf_vision)
+
+
+def find(model: nn.Module) -> Host:
+    """The one host in a model.
+
+    Args:
+        model: a model of a supported family, or a module that contains exactly one.
+
+    Returns:
+        The adapter's view of it.
+
+    Raises:
+        HostError: `model` is not a module, no family is recognised, several hosts are inside, or
+            the host has a part that its adapter does not know.
+    """
+    if not isinstance(model, nn.Module):
+        raise HostError(
+            f"got a {type(model).__name__}; expected a torch.nn.Module such as a timm "
+            "VisionTransformer or a Hugging Face vision model"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise HostError(
+            "got a compiled model; apply to the model itself and compile afterwards: "
+            "torch.compile(transom.apply(model, ...))"
+        )
+    hosts = [host for adapter in ADAPTERS for host in adapter.find(model)]
+    if not hosts:
+        raise HostError(
+            f"{type(model).__name__} is not a supported host. Supported are timm VisionTransformer "
+            "with its standard block, and transformers' ViT, DeiT, DINOv2, CLIP vision and SigLIP "
+            "vision models"
+        )
+    if len(hosts) > 1:
+        names = [host.name or type(host.root).__name__ for host in hosts]
+        raise HostError(
+            f"{type(model).__name__} holds {len(hosts)} hosts ({', '.join(names)}); pass the one "
+            f"you mean, e.g. transom.apply(model.{names[0]}, ...)"
+        )
+    return hosts[0]

@@ -1,0 +1,120 @@
+"""What every host adapter hands to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from transom.errors import HostError
+from transom.slots import BlockView
+
+
+
+Reads = Literal["class token", "pooled", "tokens", "maps"]
+
+
+@dataclass
+class Change:
+    """One edit of an object, with what is needed to take it back."""
+
+    target: Any
+    name: str
+    present: bool
+    old: Any
+
+    def undo(self) -> None:
+        """Put the old value back, or remove the attribute if there was none."""
+        if self.name == "__class__":
+            self.target.__class__ = self.old
+        elif self.present:
+            self.target.__dict__[self.name] = self.old
+        else:
+            self.target.__dict__.pop(self.name, None)
+
+
+def put(target: Any, name: str, value: Any) -> Change:
+    """Set an instance attribute (or the class) of `target`; parameters and modules stay as is."""
+    if name == "__class__":
+        change = Change(target, name, True, target.__class__)
+        target.__class__ = value
+        return change
+    own = target.__dict__
+    change = Change(target, name, name in own, own.get(name))
+    own[name] = value
+    return change
+
+
+@dataclass
+class Host:
+    """One view of a model's family.
+
+    Attributes:
+        family: name for messages and tables.
+        root: the module that turns pixels into features; its own forward is called in checks.
+        name: path of `root` inside the user's model; "" for the model itself.
+        stack: the container of blocks.
+        stack_name: its path inside `root`.
+        views: one adapter a block.
+        width: channels D.
+        prefix: leading tokens that are no patches.
+        class_token: whether token 0 is a class token that collects the image.
+        grid: (h, w) of the patches at the host's own image size; None when unknown.
+        reads: what is made of the tokens behind the stack: only the "class token" is read, the
+            patches are "pooled", the "tokens" themselves are shown, or the features between the
+            blocks are used as "maps".
+        architecture: the host's own name, e.g. of the timm model; "" when unknown.
+        example: makes an input (1, ...) for `root`.
+        install: family-specific edits beside the block flow.
+    """
+
+    family: str
+    root: nn.Module
+    name: str
+    stack: nn.Module
+    stack_name: str
+    views: list[BlockView]
+    width: int
+    prefix: int
+    class_token: bool
+    grid: tuple[int, int] | None
+    reads: Reads
+    architecture: str
+    example: Callable[[], Tensor]
+    install: Callable[[], Iterable[Change]] = field(default=tuple)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.views)
+
+
+def parts(module: nn.Module, known: Iterable[str], name: str) -> None:
+    """Refuse a module that has children nobody knows.
+
+    Args:
+        module: whose direct children are looked at.
+        known: names of children the adapter understands.
+        name: of the module, for the message.
+
+    Raises:
+        HostError: a child is not known; its name is in the message.
+    """
+    unknown = sorted(set(dict(module.named_children())) - set(known))
+    if unknown:
+        raise HostError(
+            f"{name} ({type(module).__name__}) has a part {unknown[0]!r} that transom does not "
+            f"know, so fitting would skip it silently; known parts are {sorted(known)}"
+        )
+
+
+def example_pixels(
+    root: nn.Module, channels: int, size: tuple[int, int], seed: int = 0
+) -> Tensor:
+    """A random image (1, C, H, W) in the dtype and on the device of `root`."""
+    parameter = next(root.parameters())
+    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))
+    return noise.to(device=parameter.device, dtype=parameter.dtype)

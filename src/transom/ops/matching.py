@@ -1,0 +1,239 @@
+"""Which tokens flow into which: similarity graphs and matchings.
+
+A :class:`Matching` is the answer every merging paper gives in its own words: `keep`, the tokens
+that stay and the order in which they stand afterwards; `source`, the tokens that leave; `into`,
+the new position of the token each source flows into. No gradient passes through a matching.
+
+Similarity is the cosine of a metric (B, N, c). Ties are broken by position, so equal tokens give
+the same matching on every run and whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Matching(NamedTuple):
+    """Tokens that stay, tokens that leave, and where those go.
+
+    keep: (B, M) int64, old position of the token at each new position.
+    source: (B, R) int64, old positions of the tokens that leave.
+    into: (B, R) int64, new position that each source is merged into.
+    """
+
+    keep: Tensor
+    source: Tensor
+    into: Tensor
+
+    def target(self, count: int) -> Tensor:
+        """New position of every old one.
+
+        Args:
+            count: number of old tokens N.
+
+        Returns:
+            (B, N) int64; -1 where a token is neither kept nor a source.
+        """
+        batch, kept = self.keep.shape
+        new = torch.arange(kept, device=self.keep.device).expand(batch, -1)
+        target = self.keep.new_full((batch, count), -1)
+        return target.scatter(1, self.keep, new).scatter(1, self.source, self.into)
+
+    def behind(self, prefix: int) -> Matching:
+        """The same matching of tokens that stand behind `prefix` others, which stay in front."""
+        front = torch.arange(prefix, device=self.keep.device).expand(self.keep.shape[0], -1)
+        return Matching(
+            torch.cat([front, self.keep + prefix], 1), self.source + prefix, self.into + prefix
+        )
+
+
+def unit(metric: Tensor) -> Tensor:
+    """Rows of `metric` (B, N, c) scaled to length one; a zero row stays zero."""
+    return F.normalize(metric, dim=-1, eps=1e-12)
+
+
+def _descending(score: Tensor) -> Tensor:
+    return score.argsort(dim=-1, descending=True, stable=True)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index)
+
+
+def _interleave(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Order of (first, second) in which the leading `count` tokens alternate again.
+
+    Returns the concatenation in that order and, for each position of `second`, where it landed.
+    """
+    a, b = (count + 1) // 2, count // 2
+    head = [first[:, i // 2] if i % 2 == 0 else second[:, i // 2] for i in range(count)]
+    order = torch.cat([torch.stack(head, 1), first[:, a:], second[:, b:]], 1)
+    places = [2 * i + 1 for i in range(b)]
+    places += [count + first.shape[1] - a + i for i in range(second.shape[1] - b)]
+    return order, torch.tensor(places, device=first.device)
+
+
+@torch.no_grad()
+def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
+    """ToMe's bipartite soft matching: even positions choose their most similar odd position.
+
+    The r even tokens with the most similar partner are merged into it (Bolya et al. 2023, sec. 3).
+    Prefix tokens neither leave nor receive. The order afterwards is that of the official code:
+    unmerged even tokens, then odd tokens; without prefix tokens the unmerged ones stand by
+    descending similarity, and prefix tokens keep their places at the front.
+
+    Args:
+        metric: (B, N, c).
+        r: tokens to remove; more than half of the N - prefix others are never removed.
+        prefix: number of leading tokens that are left alone.
+
+    Returns:
+        A matching with M = N - r.
+    """
+    count = metric.shape[1]
+    r = max(0, min(r, (count - prefix) // 2))
+    metric = unit(metric)
+    scores = metric[:, ::2] @ metric[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
+    scores[:, : (prefix + 1) // 2] = -torch.inf
+    scores[:, :, : prefix // 2] = -torch.inf
+    best, partner = scores.max(-1)
+    order = _descending(best)
+    source, unmerged = order[:, :r], order[:, r:]
+    if prefix:
+        unmerged = unmerged.sort(-1).values
+    odd = torch.arange(1, count, 2, device=metric.device).expand(metric.shape[0], -1)
+    into = _at(partner, source)
+    if prefix < 2:
+        return Matching(torch.cat([2 * unmerged, odd], 1), 2 * source, unmerged.shape[1] + into)
+    keep, places = _interleave(2 * unmerged, odd, prefix)
+    return Matching(keep, 2 * source, places[into])
+
+
+@torch.no_grad()
+def every_kth(metric: Tensor, k: int) -> Matching:
+    """ToMe's k-th matching: every k-th token stays, all others flow into the most similar of them.
+
+    Args:
+        metric: (B, N, c); trailing tokens beyond a multiple of k are dropped.
+        k: at least 1; positions k-1, 2k-1, ... are the destinations.
+
+    Returns:
+        A matching with M = N // k.
+    """
+    batch, count, _ = metric.shape
+    count -= count % k
+    positions = torch.arange(count, device=metric.device)
+    stays = positions % k == k - 1
+    metric = unit(metric[:, :count])
+    keep = positions[k - 1 :: k]
+    source = positions[~stays] if k > 1 else positions[:0]
+    into = (metric[:, source] @ metric[:, keep].mT).max(-1).indices
+    return Matching(keep.expand(batch, -1), source.expand(batch, -1), into)
+
+
+@torch.no_grad()
+def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+    """PiToMe's energy: mean over all tokens j of ELU(cos(i, j) - margin) (Tran et al. 2024, eq. 4).
+
+    High energy marks a member of a large group of similar tokens, low energy an isolated one.
+
+    Args:
+        metric: (B, T, c).
+        margin: similarity above which a neighbour counts in full.
+        alpha: saturation of the ELU below the margin.
+
+    Returns:
+        (B, T).
+    """
+    metric = unit(metric)
+    return F.elu((metric @ metric.mT).sub_(margin), alpha=alpha, inplace=True).mean(-1)
+
+
+@torch.no_grad()
+def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
+    """PiToMe's energy for text: mean Gaussian kernel of 1 - cos(i, j) with width 1 - margin.
+
+    Args:
+        metric: (B, T, c).
+        margin: below 1.
+
+    Returns:
+        (B, T).
+    """
+    metric = unit(metric)
+    width = 1.0 - margin
+    distance = (1.0 - metric @ metric.mT) / width
+    return distance.square_().mul_(-0.5).exp_().mean(-1) / (width * (2 * torch.pi) ** 0.5)
+
+
+def _best(metric: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token of `a` the highest cosine with a token of `b`, and which one it is."""
+    metric = unit(metric)
+    rows = torch.arange(metric.shape[0], device=metric.device)[:, None]
+    similarity, partner = (metric[rows, a] @ metric[rows, b].mT).max(-1)
+    return similarity, partner
+
+
+@torch.no_grad()
+def energy_pairs(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+    """PiToMe: of the 2r tokens with the highest energy, each second one flows into its best other.
+
+    Args:
+        metric: (B, N, c).
+        score: (B, N - prefix), the energy of the tokens behind the prefix.
+        r: tokens to remove, at most half of N - prefix.
+        prefix: number of leading tokens that are left alone.
+
+    Returns:
+        A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
+    """
+    order = _descending(score)
+    a, b, rest = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+    _, partner = _best(metric[:, prefix:], a, b)
+    return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)
+
+
+@torch.no_grad()
+def energy_bipartite(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+    """PiToMe's bipartite variant: ToMe's matching over tokens ordered by energy.
+
+    Args:
+        metric: (B, N, c).
+        score: (B, N - prefix), the energy of the tokens behind the prefix.
+        r: tokens to remove, at most half of N - prefix.
+        prefix: number of leading tokens that are left alone.
+
+    Returns:
+        A matching with M = N - r: prefix, unmerged by descending similarity, then destinations.
+    """
+    order = _descending(score)
+    a, b = order[:, ::2], order[:, 1::2]
+    best, partner = _best(metric[:, prefix:], a, b)
+    ranks = _descending(best)
+    source, unmerged = ranks[:, :r], ranks[:, r:]
+    into = unmerged.shape[1] + _at(partner, source)
+    keep = torch.cat([_at(a, unmerged), b], 1)
+    return Matching(keep, _at(a, source), into).behind(prefix)
+
+
+@torch.no_grad()
+def energy_halves(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+    """PiToMe for text: the r tokens of highest energy flow into the next r.
+
+    Args:
+        metric: (B, N, c).
+        score: (B, N - prefix), the energy of the tokens behind the prefix.
+        r: tokens to remove, at most half of N - prefix.
+        prefix: number of leading tokens that are left alone.
+
+    Returns:
+        A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
+    """
+    order = _descending(score)
+    a, b, rest = order[:, :r], order[:, r : 2 * r], order[:, 2 * r :]
+    _, partner = _best(metric[:, prefix:], a, b)
+    return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)

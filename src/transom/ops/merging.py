@@ -1,0 +1,86 @@
+"""Apply a matching to features: merge rows, and spread them again.
+
+A merge touches only the rows that something flows into: the kept rows are copied and the
+differences of the sources added, which is the weighted mean written as an update,
+``y = y + sum_i (x_i - y) * s_i / S``. Only `max` needs another reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transom.ops import rows
+from transom.ops.matching import Matching
+
+Mode = Literal["mean", "sum", "max"]
+
+
+def merged_size(size: Tensor | None, matching: Matching, dtype: torch.dtype) -> Tensor:
+    """How many original tokens each token stands for after the merge.
+
+    Args:
+        size: (B, N, 1) before it; None when every token stands for itself.
+        matching: of N tokens.
+        dtype: of the result when `size` is None.
+
+    Returns:
+        (B, M, 1).
+    """
+    batch, kept = matching.keep.shape
+    if size is None:
+        ones = torch.ones((), dtype=dtype, device=matching.keep.device)
+        flat = ones.expand(batch, kept).scatter_add(
+            1, matching.into, ones.expand(batch, matching.into.shape[1])
+        )
+        return flat[..., None]
+    flat = size[..., 0]
+    out = flat.gather(1, matching.keep)
+    return out.scatter_add(1, matching.into, flat.gather(1, matching.source))[..., None]
+
+
+def merge(
+    x: Tensor, matching: Matching, mode: Mode = "mean", size: Tensor | None = None
+) -> Tensor:
+    """Merge the sources of a matching into the tokens that stay.
+
+    Args:
+        x: (B, N, D).
+        matching: of N tokens.
+        mode: "mean" over a destination and its sources, "sum", or "max".
+        size: (B, N, 1) weights of the mean; None for equal weights.
+
+    Returns:
+        (B, M, D).
+    """
+    kept = rows.take(x, matching.keep)
+    source = rows.take(x, matching.source)
+    if mode == "sum":
+        return rows.add(kept, matching.into, source)
+    if mode == "max":
+        index = matching.into[..., None].expand_as(source)
+        return kept.scatter_reduce(1, index, source, "amax", include_self=True)
+    total = merged_size(size, matching, torch.float32).gather(1, matching.into[..., None])
+    share = 1 / total
+    if size is not None:
+        share = size.gather(1, matching.source[..., None]) / total
+    change = (source - rows.take(kept, matching.into)) * share.to(x.dtype)
+    return rows.add(kept, matching.into, change)
+
+
+def spread(y: Tensor, target: Tensor, missing: Tensor | None = None) -> Tensor:
+    """Give every old token the features of the token it flowed into.
+
+    Args:
+        y: (B, M, D) after a reduction.
+        target: (B, N) new position of every old token, -1 where it was dropped.
+        missing: (B, N, D) features of dropped tokens; zeros when None.
+
+    Returns:
+        (B, N, D).
+    """
+    out = rows.take(y, target.clamp(min=0))
+    gone = (target < 0)[..., None]
+    return torch.where(gone, out.new_zeros(()) if missing is None else missing, out)

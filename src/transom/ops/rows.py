@@ -1,0 +1,50 @@
+"""Move whole token rows: the two primitives every token reduction is made of.
+
+``take`` copies rows, ``add`` accumulates rows. Both work on the flattened (B*N, D) view, where
+they are row copies instead of element-wise gathers (an order of magnitude faster on CPUs), and
+each has a short twin in :mod:`transom.ops.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    """(B, K) positions within each batch item -> (B*K,) positions in the flattened batch."""
+    start = torch.arange(index.shape[0], device=index.device) * rows
+    return (index + start[:, None]).reshape(-1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` at `index`.
+
+    Args:
+        x: (B, N, D).
+        index: (B, K) int64 positions along N.
+
+    Returns:
+        (B, K, D), a fresh tensor.
+    """
+    batch, rows, width = x.shape
+    flat = x.reshape(batch * rows, width).index_select(0, _flat(index, rows))
+    return flat.view(batch, index.shape[1], width)
+
+
+def add(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`x` with `values` added to the rows at `index`; repeated positions accumulate.
+
+    Args:
+        x: (B, N, D).
+        index: (B, K) int64 positions along N.
+        values: (B, K, D).
+
+    Returns:
+        (B, N, D), a fresh tensor.
+    """
+    batch, rows, width = x.shape
+    flat = x.reshape(batch * rows, width).index_add(
+        0, _flat(index, rows), values.reshape(-1, width)
+    )
+    return flat.view(batch, rows, width)

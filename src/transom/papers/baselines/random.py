@@ -1,0 +1,124 @@
+"""The random control: a seeded random subset of the patches stays in a few blocks.
+
+Any method that chooses has to beat it at equal token counts. The subset depends on the seed, the
+block and the number of tokens, not on the image or its place in the batch, so a result does not
+depend on batch mates and repeats exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transom.errors import SettingsError
+from transom.hosts.base import Host
+from transom.registry import Method
+from transom.slots import Ask, Fill
+from transom.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class KeepRandom:
+    """Token step: keep a random subset, in the order the tokens have.
+
+    Attributes:
+        keep_rate: part of the patch tokens that stays.
+        count: tokens that stay, prefix included, instead of a rate.
+        seed: of the draw.
+    """
+
+    keep_rate: float
+    count: int | None
+    seed: int
+
+    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        total = tokens.count - tokens.prefix
+        k = math.ceil(self.keep_rate * total) if self.count is None else self.count - tokens.prefix
+        if k >= total:
+            return tokens
+        order = shuffled(total, self.seed)
+        stay = sorted(order[:k])
+        index = torch.tensor(
+            [*range(tokens.prefix), *(i + tokens.prefix for i in stay)], device=tokens.x.device
+        )
+        return tokens.keep(index.expand(tokens.x.shape[0], -1))
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers 0 ... count - 1 in an order that depends on the seed and the count only.
+
+    Plain integer arithmetic (a linear congruential generator), so that a compiled or exported
+    model draws the same subset.
+    """
+    state, order = (seed * 2654435761 + count) % 2**32, list(range(count))
+    for i in range(count - 1, 0, -1):
+        state = (1664525 * state + 1013904223) % 2**32
+        j = (state >> 8) % (i + 1)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Random pruning.
+
+    Attributes:
+        keep_rate: part of the patch tokens that stays in a reducing block.
+        layers: reducing blocks; by default those behind a quarter, a half and three quarters of
+            the depth (3, 6, 9 of 12).
+        counts: tokens left after each block, prefix included, instead of rates: the control of a
+            method that ran with these counts.
+        seed: of the draw.
+    """
+
+    keep_rate: float = 0.7
+    layers: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "counts"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if not 0 < self.keep_rate <= 1:
+            raise SettingsError(
+                f"keep_rate is {self.keep_rate!r}; expected the part of patch tokens that stays: "
+                "above 0, at most 1"
+            )
+
+    def fit(self, host: Host) -> list[Fill]:
+        depth = host.depth
+        if self.counts is not None:
+            if len(self.counts) != depth:
+                raise SettingsError(
+                    f"counts lists {len(self.counts)} blocks, but the host has {depth}"
+                )
+            low = [n for n in self.counts if n <= host.prefix]
+            if low:
+                raise SettingsError(
+                    f"counts holds {low[0]}, but this host has {host.prefix} prefix tokens that "
+                    "always stay; expected more"
+                )
+            return [self._fill(i, count) for i, count in enumerate(self.counts)]
+        layers = self.layers
+        if layers is None:
+            layers = tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))
+        outside = [i for i in layers if not 0 <= i < depth]
+        if outside:
+            raise SettingsError(
+                f"layers names block {outside[0]}, but the host has blocks 0 to {depth - 1}"
+            )
+        reduces = [i in layers and self.keep_rate < 1 for i in range(depth)]
+        return [self._fill(i, None) if on else Fill() for i, on in enumerate(reduces)]
+
+    def _fill(self, block: int, count: int | None) -> Fill:
+        step = KeepRandom(self.keep_rate, count, self.seed * 1000 + block)
+        return Fill(tokens=step, asks=False, drops=True)
+
+    @classmethod
+    def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
+        return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]

@@ -1,0 +1,57 @@
+"""The free twin: the token counts of another method, reached by plain slicing.
+
+The first tokens stay. It looks at nothing and copies nothing, so what a method needs beyond its
+free twin is the method's own overhead. As a way to choose tokens it is worthless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from transom.errors import SettingsError
+from transom.hosts.base import Host
+from transom.registry import Method
+from transom.slots import Ask, Fill
+from transom.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class KeepFirst:
+    """Token step: the first `count` tokens stay."""
+
+    count: int
+
+    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        if self.count >= tokens.count:
+            return tokens
+        record = tokens.record
+        index, size = record.index, record.size
+        if index is not None:
+            index = index.masked_fill(index >= self.count, -1)
+        if size is not None:
+            size = size[:, : self.count]
+        return Tokens(tokens.x[:, : self.count], replace(record, index=index, size=size))
+
+
+@dataclass(frozen=True)
+class Slice(Method):
+    """Keep the first tokens.
+
+    Attributes:
+        counts: tokens left after each block, prefix included; blocks beyond the end keep all.
+    """
+
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))
+        if any(count < 1 for count in self.counts):
+            raise SettingsError(f"counts is {self.counts!r}; expected numbers of at least 1")
+
+    def fit(self, host: Host) -> list[Fill]:
+        if len(self.counts) > host.depth:
+            raise SettingsError(
+                f"counts lists {len(self.counts)} blocks, but the host has {host.depth}"
+            )
+        fills = [Fill(tokens=KeepFirst(n), asks=False, drops=True) for n in self.counts]
+        return fills + [Fill()] * (host.depth - len(fills))

@@ -1,0 +1,399 @@
+"""The pre-norm block flow and its slots, written once for every host.
+
+A host's stack of blocks keeps its parameters and its place; three things are put over it while
+something is fitted. The stack hands every loop over it fresh :class:`Bound` blocks that share one
+:class:`Call`; a bound block passes that call on to its block; the block's forward is a
+:class:`BlockFlow`, which runs the flow below with the host's own parts. What travels between
+blocks therefore belongs to one call: threads, checkpointing, compilation and export see plain
+function arguments and no shared state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from transom.errors import TokensError
+from transom.ops import attention, rows
+from transom.tokens import Layout, Record, Tokens, representatives, restore
+
+Restore = Literal["never", "end", "every"]
+
+
+@dataclass
+class Ask:
+    """What the flow asks of one attention call, and what it gets back.
+
+    Attributes:
+        bias: (B, 1, 1, N) added to the logits of each key; None for none.
+        keep: whether q and k are wanted afterwards.
+        operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
+        q, k: (B, H, N, d) as they entered the attention, if wanted.
+        scale: of the logits.
+    """
+
+    bias: Tensor | None = None
+    keep: bool = False
+    operator: Callable[..., Tensor] | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: float = 1.0
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float, scale: float
+    ) -> Tensor:
+        """Attention over q, k, v (B, H, N, d) as asked; remembers q and k if they are wanted."""
+        if self.keep:
+            self.q, self.k, self.scale = q, k, scale
+        if self.operator is not None:
+            return self.operator(q, k, v, bias=self.bias, scale=scale)
+        return attention.attend(q, k, v, self.bias, dropout=dropout, scale=scale)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the host's own attention does all that is asked."""
+        return self.bias is None and not self.keep and self.operator is None
+
+    @property
+    def key(self) -> Tensor:
+        """(B, N, d): keys averaged over heads, without gradient."""
+        assert self.k is not None
+        return self.k.detach().mean(1)
+
+    def class_row(self) -> Tensor:
+        """(B, N): attention of token 0 to every token, averaged over heads."""
+        assert self.q is not None and self.k is not None
+        return attention.row(self.q, self.k, self.bias, self.scale)
+
+
+class TokenStep(Protocol):
+    """Fills the slot `tokens`: runs between attention and ffn."""
+
+    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        """The tokens that go on."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What one method puts into one block.
+
+    Attributes:
+        tokens: the token step; None leaves the slot empty.
+        attention: an attention operator (q, k, v, bias, scale) -> (B, H, N, d); None likewise.
+        size_bias: whether log(size) is added to the logits of each key once sizes exist.
+        asks: whether the token step looks at q and k.
+        drops: whether the token step drops tokens instead of merging them.
+    """
+
+    tokens: TokenStep | None = None
+    attention: Callable[..., Tensor] | None = None
+    size_bias: bool = False
+    asks: bool = True
+    drops: bool = False
+
+    def slots(self) -> set[str]:
+        """Names of the slots this fill takes."""
+        return {name for name in ("tokens", "attention") if getattr(self, name) is not None}
+
+    def joined(self, other: Fill) -> Fill:
+        """Both fills in one block; their slots differ."""
+        return Fill(
+            tokens=other.tokens if self.tokens is None else self.tokens,
+            attention=other.attention if self.attention is None else self.attention,
+            size_bias=self.size_bias or other.size_bias,
+            asks=other.asks if self.tokens is None else self.asks,
+            drops=self.drops or other.drops,
+        )
+
+
+class BlockView(Protocol):
+    """One block of a host as its adapter sees it."""
+
+    module: nn.Module
+
+    def norm1(self, x: Tensor) -> Tensor:
+        """Norm before attention."""
+
+    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention of the host, projection included, with what is asked."""
+
+    def residual1(self, y: Tensor) -> Tensor:
+        """What the host does to the attention branch before it is added."""
+
+    def norm2(self, x: Tensor) -> Tensor:
+        """Norm before the ffn."""
+
+    def ffn(self, h: Tensor) -> Tensor:
+        """Feed-forward network."""
+
+    def residual2(self, y: Tensor) -> Tensor:
+        """What the host does to the ffn branch before it is added."""
+
+    def checkpoint(self) -> Callable[..., Any] | None:
+        """The host's own gradient checkpointing of this block, when it is switched on."""
+
+
+class Trace:
+    """What the latest call inside :func:`transom.trace` did.
+
+    Attributes:
+        tokens: the record after each block, provenance included.
+        lengths: number of tokens after each block, prefix included.
+    """
+
+    def __init__(self, stack: FittedStack) -> None:
+        self.stack = stack
+        self._seen: dict[int, tuple[Record, int]] = {}
+
+    def note(self, i: int, tokens: Tokens) -> None:
+        """Called by block i when it is done."""
+        self._seen[i] = (tokens.record, tokens.count)
+
+    @property
+    def tokens(self) -> list[Record]:
+        return [self._seen[i][0] for i in sorted(self._seen)]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self._seen[i][1] for i in sorted(self._seen)]
+
+
+_trace: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace", default=None)
+
+
+@contextlib.contextmanager
+def tracing(stack: FittedStack) -> Iterator[Trace]:
+    """Record where the tokens of calls in this context go."""
+    trace = Trace(stack)
+    token = _trace.set(trace)
+    try:
+        yield trace
+    finally:
+        _trace.reset(token)
+
+
+class Call:
+    """One pass over the stack.
+
+    Attributes:
+        records: `records[i]` is what enters block i.
+        counts: tokens that enter block i; None while the sequence is the original one.
+    """
+
+    def __init__(self, stack: FittedStack, restore: Restore) -> None:
+        self.stack = stack
+        self.restore = restore
+        self.records: list[Record | None] = [None] * (len(stack) + 1)
+        self.counts: list[int | None] = [None] * (len(stack) + 1)
+        self.trace: Trace | None = None
+        # dynamo cannot read a context variable; a compiled call is never traced
+        if not torch.compiler.is_compiling():
+            trace = _trace.get()
+            if trace is not None and trace.stack is stack:
+                self.trace = trace
+        self.tracks = self.restore != "never" or self.trace is not None
+
+    def enter(self, i: int, x: Tensor) -> Record:
+        """The record that belongs to x (B, N, D) at the door of block i."""
+        record = self.records[i] if i else None
+        if record is None:
+            record = self.records[i] = self._original(x)
+        expected = self.counts[i]
+        if expected is None or self.restore == "every":
+            expected = record.layout.count
+        if x.shape[1] != expected:
+            raise TokensError(
+                f"block {i} got {x.shape[1]} tokens, but {expected} left the block before; "
+                "something between the blocks of this host changes the sequence, which a fitted "
+                "method cannot follow"
+            )
+        return record
+
+    def _original(self, x: Tensor) -> Record:
+        state = self.stack.fitted
+        layout = state.layout(x.shape[1])
+        patches = layout.count - layout.prefix
+        if state.reduces and patches < 2:
+            raise TokensError(
+                f"the image gives {patches} patch token(s), but a fitted method needs at least 2 "
+                "to reduce; use a larger image or a smaller patch"
+            )
+        if not self.tracks:
+            return Record(layout)
+        places = torch.arange(layout.count, device=x.device)
+        return Record(layout, index=places.expand(x.shape[0], -1))
+
+    def leave(self, i: int, entered: Record, tokens: Tokens) -> None:
+        """Remember what leaves block i."""
+        self.records[i + 1] = tokens.record
+        moved = tokens.record is not entered or self.counts[i] is not None
+        self.counts[i + 1] = tokens.count if moved else None
+        if self.trace is not None:
+            self.trace.note(i, tokens)
+
+
+class Bound:
+    """A block of a fitted stack for one call; everything but the call is the block's own."""
+
+    __slots__ = ("_block", "_call", "_place")
+
+    def __init__(self, block: nn.Module, call: Call, place: int) -> None:
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_call", call)
+        object.__setattr__(self, "_place", place)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._block(x, *args, transom=(self._call, self._place), **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
+
+
+@dataclass
+class StackState:
+    """What a fitted stack carries beside its blocks.
+
+    Attributes:
+        prefix: leading tokens of the host that are no patches.
+        grid: (h, w) of the patches at the host's own image size.
+        restore: when tokens are restored to the full sequence.
+        checked: whether every block looks for values that are not finite.
+        reduces: whether any block holds a token step.
+    """
+
+    prefix: int
+    grid: tuple[int, int] | None
+    restore: Restore = "never"
+    checked: bool = False
+    reduces: bool = False
+
+    def layout(self, count: int) -> Layout:
+        """Layout of an original sequence of `count` tokens."""
+        grid = self.grid
+        if grid is not None and grid[0] * grid[1] != count - self.prefix:
+            grid = None
+        return Layout(self.prefix, grid, count)
+
+
+class FittedStack(nn.Module):
+    """The class a host's container of blocks has while something is fitted.
+
+    Every iteration over it is one call, whoever runs the loop.
+    """
+
+    fitted: StackState
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def _bound(self, restore: Restore | None = None) -> list[Bound]:
+        call = Call(self, self.fitted.restore if restore is None else restore)
+        return [Bound(b, call, i) for i, b in enumerate(self._modules.values()) if b is not None]
+
+    def __iter__(self) -> Iterator[Bound]:
+        return iter(self._bound())
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return self._bound()[place]
+        return list(self._modules.values())[place]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for block in self:
+            x = block(x, *args, **kwargs)
+        return x
+
+
+class RestoringStack:
+    """A fitted stack seen by a caller that needs the full sequence after every block."""
+
+    def __init__(self, stack: FittedStack) -> None:
+        self.stack = stack
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def __iter__(self) -> Iterator[Bound]:
+        return iter(self.stack._bound("every"))
+
+    def __getitem__(self, place: slice) -> list[Bound]:
+        return self.stack._bound("every")[place]
+
+
+class BlockFlow:
+    """Forward of a fitted block: the host's parts in the order below, with the slots filled."""
+
+    def __init__(self, view: BlockView, state: StackState, place: int, name: str) -> None:
+        self.view = view
+        self.state = state
+        self.place = place
+        self.name = name
+        self.fill = Fill()
+
+    def __call__(
+        self, x: Tensor, *args: Any, transom: tuple[Call, int] | None = None, **kwargs: Any
+    ) -> Tensor:
+        if transom is None:
+            raise TokensError(
+                f"{self.name} was called alone while a method is fitted, so the record of its "
+                "tokens is not known; loop over the stack of blocks itself, or call the model"
+            )
+        run = partial(self._run, transom[0], **kwargs)
+        checkpoint = self.view.checkpoint()
+        return run(x, *args) if checkpoint is None else checkpoint(run, x, *args)
+
+    def _run(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        view, fill, i = self.view, self.fill, self.place
+        record = call.enter(i, x)
+        full = x  # what the host's loop carries, when that is the full sequence
+        count = call.counts[i]
+        if call.restore == "every" and count is not None:
+            assert record.index is not None
+            x = rows.take(full, representatives(record.index, count))
+
+        ask = Ask(
+            attention.log_size(record.size, x.dtype) if fill.size_bias else None,
+            keep=fill.tokens is not None and fill.asks,
+            operator=fill.attention,
+        )
+        x = x + view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs))
+        tokens = Tokens(x, record)
+        if fill.tokens is not None:
+            if self.state.checked:
+                self._check(x)
+            tokens = fill.tokens(tokens, ask)
+            if call.restore == "every" and tokens.record is not record:
+                full = restore(x, record, full)  # a token dropped here keeps these features
+        x = tokens.x
+        x = x + view.residual2(view.ffn(view.norm2(x)))
+        call.leave(i, record, Tokens(x, tokens.record))
+        return self._shown(call, x, tokens.record, full)
+
+    def _shown(self, call: Call, x: Tensor, record: Record, full: Tensor) -> Tensor:
+        """What the host's loop gets to see of x."""
+        if call.counts[self.place + 1] is None or call.restore == "never":
+            return x
+        if call.restore == "every":
+            return restore(x, record, full)
+        if self.place + 1 < len(call.stack):
+            return x
+        assert record.index is not None
+        return rows.take(x, record.index)  # nothing is dropped in this mode
+
+    def _check(self, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise TokensError(
+                f"{self.name}: the features are not finite where tokens are reduced, and merging "
+                "would spread that to other tokens; look for NaN or inf in the input, the weights "
+                "or a half-precision overflow"
+            )

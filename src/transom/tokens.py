@@ -1,0 +1,169 @@
+"""The travelling record: features, sizes and origins of the tokens between two blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transom.ops import merging, rows
+from transom.ops.matching import Matching
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the original sequence is laid out.
+
+    Attributes:
+        prefix: leading tokens that are no patches (class, distillation, registers).
+        grid: (h, w) of the patches behind them; None when it is not known.
+        count: tokens of the original sequence, prefix included.
+    """
+
+    prefix: int
+    grid: tuple[int, int] | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of the tokens beside their features.
+
+    Attributes:
+        layout: of the original sequence.
+        size: (B, N, 1) float32, how many original tokens each one stands for; None when all are
+            one.
+        index: (B, N0) int64, current position of every original token, -1 once dropped; None
+            when nobody asked for it.
+    """
+
+    layout: Layout
+    size: Tensor | None = None
+    index: Tensor | None = None
+
+    def sources(self, count: int) -> Tensor:
+        """0/1 membership (B, count, N0): which original tokens each current one stands for.
+
+        Args:
+            count: number of current tokens.
+
+        Raises:
+            ValueError: provenance was not recorded.
+        """
+        if self.index is None:
+            raise ValueError("where tokens went was not recorded: run inside transom.trace(model)")
+        places = torch.arange(count, device=self.index.device)[None, :, None]
+        return (self.index[:, None] == places).float()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Features (B, N, D) and their record. Every change returns a new object."""
+
+    x: Tensor
+    record: Record
+
+    @property
+    def prefix(self) -> int:
+        """Number of leading tokens that no method touches."""
+        return self.record.layout.prefix
+
+    @property
+    def count(self) -> int:
+        """Number of tokens now, prefix included."""
+        return self.x.shape[1]
+
+    @property
+    def size(self) -> Tensor | None:
+        """(B, N, 1) float32, or None when every token stands for itself."""
+        return self.record.size
+
+    def _moved(self, target: Tensor) -> Tensor | None:
+        """The index map after old position n became target[:, n] (-1: dropped)."""
+        index = self.record.index
+        if index is None:
+            return None
+        return torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
+
+    def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:
+        """Sources flow into the tokens that stay.
+
+        Args:
+            matching: of the current tokens.
+            weighted: by size; else the plain mean of each group, and sizes are still counted.
+
+        Returns:
+            The tokens that stay, in the order of `matching.keep`.
+        """
+        x = merging.merge(self.x, matching, "mean", self.size if weighted else None)
+        size = merging.merged_size(self.size, matching, torch.float32)
+        tracked = self.record.index is not None
+        index = self._moved(matching.target(self.count)) if tracked else None
+        return Tokens(x, replace(self.record, size=size, index=index))
+
+    def keep(self, index: Tensor) -> Tokens:
+        """Only the tokens at `index` (B, K) stay, in that order; the others are dropped."""
+        size = None if self.size is None else rows.take(self.size, index)
+        nothing = index[:, :0]
+        tracked = self.record.index is not None
+        moved = self._moved(Matching(index, nothing, nothing).target(self.count)) if tracked else None
+        return Tokens(rows.take(self.x, index), replace(self.record, size=size, index=moved))
+
+    def fuse(self, index: Tensor, rest: Tensor, fused: Tensor) -> Tokens:
+        """The tokens at `index` stay, and those at `rest` become one token behind them.
+
+        Args:
+            index: (B, K) positions that stay.
+            rest: (B, R) positions that are condensed.
+            fused: (B, 1, D) features of the new token.
+
+        Returns:
+            K + 1 tokens.
+        """
+        last = torch.full_like(rest, index.shape[1])
+        size = self.size
+        if size is not None:
+            gone = rows.take(size, rest).sum(1, keepdim=True)
+            size = torch.cat([rows.take(size, index), gone], 1)
+        tracked = self.record.index is not None
+        moved = self._moved(Matching(index, rest, last).target(self.count)) if tracked else None
+        x = torch.cat([rows.take(self.x, index), fused], 1)
+        return Tokens(x, replace(self.record, size=size, index=moved))
+
+
+def restore(x: Tensor, record: Record, missing: Tensor | None = None) -> Tensor:
+    """The full sequence again: every original token gets the features it now lives in.
+
+    Args:
+        x: (B, N, D) features of the current tokens.
+        record: with provenance (see :func:`transom.trace`).
+        missing: (B, N0, D) features for dropped tokens; zeros when None.
+
+    Returns:
+        (B, N0, D) in the original order.
+
+    Raises:
+        ValueError: provenance was not recorded.
+    """
+    if record.index is None:
+        raise ValueError("where tokens went was not recorded: run inside transom.trace(model)")
+    return merging.spread(x, record.index, missing)
+
+
+def representatives(index: Tensor, count: int) -> Tensor:
+    """One original token of each current one, so that a restored sequence can be reduced again.
+
+    Args:
+        index: (B, N0) current position of every original token, -1 where dropped.
+        count: number of current tokens.
+
+    Returns:
+        (B, count) int64 positions in the original sequence.
+    """
+    batch, total = index.shape
+    places = torch.arange(total, device=index.device).expand(batch, -1)
+    # dropped tokens write into a spare column that is cut off
+    home = torch.where(index < 0, count, index)
+    out = index.new_zeros(batch, count + 1)
+    return out.scatter_reduce(1, home, places, "amax", include_self=True)[:, :count]
