@@ -7,6 +7,8 @@ when the line above it is `<!-- skip: REASON -->`.
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +64,13 @@ def test_python_of_the_page_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__docs__"}
+    # A module of its own: dataclasses look theirs up by name.
+    module = types.ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, "docs_page", module)
     for block in blocks(path.read_text(encoding="utf-8")):
         if not block.skip:
             # Blank lines in front keep the page's line numbers in a traceback.
-            exec(compile("\n" * block.line + block.code, str(path), "exec"), names)
+            exec(compile("\n" * block.line + block.code, str(path), "exec"), vars(module))
 
 
 def test_blocks_are_found_and_skipped() -> None:

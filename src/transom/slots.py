@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from transom.errors import TokensError
+from transom.errors import HostError, TokensError
 from transom.ops import attention, rows
 from transom.tokens import Layout, Record, Tokens, representatives, restore
 
@@ -35,6 +35,8 @@ class Ask:
         bias: (B, 1, 1, N) added to the logits of each key; None for none.
         keep: whether q and k are wanted afterwards.
         operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
+        mask: the host's own attention mask.
+        answered: whether the attention took notice.
         q, k: (B, H, N, d) as they entered the attention, if wanted.
         scale: of the logits.
     """
@@ -42,6 +44,8 @@ class Ask:
     bias: Tensor | None = None
     keep: bool = False
     operator: Callable[..., Tensor] | None = None
+    mask: Tensor | None = None
+    answered: bool = False
     q: Tensor | None = None
     k: Tensor | None = None
     scale: float = 1.0
@@ -50,6 +54,7 @@ class Ask:
         self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float, scale: float
     ) -> Tensor:
         """Attention over q, k, v (B, H, N, d) as asked; remembers q and k if they are wanted."""
+        self.answered = True
         if self.keep:
             self.q, self.k, self.scale = q, k, scale
         if self.operator is not None:
@@ -367,6 +372,11 @@ class BlockFlow:
             operator=fill.attention,
         )
         x = x + view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs))
+        if not (ask.plain or ask.answered):
+            raise HostError(
+                f"the attention of {self.name} did not take notice of what is fitted; its class "
+                "does not reach the attention function transom registered"
+            )
         tokens = Tokens(x, record)
         if fill.tokens is not None:
             if self.state.checked:

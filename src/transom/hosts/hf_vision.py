@@ -45,26 +45,26 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Ask | None,
     *,
     base: Callable[..., Any],
-    transom: Ask | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention interface calls for a fitted layer."""
-    if transom is None or transom.plain:
+    if not isinstance(attention_mask, Ask):
         return base(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if attention_mask is not None:
+    ask = attention_mask
+    if ask.mask is not None:
         raise TokensError(
             "this call has an attention mask, but a fitted method reduces or reweights the tokens "
             "the mask was made for; call the model without a mask, or remove the method"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = transom.attend(query, key, value, dropout=dropout, scale=scale)
+    out = ask.attend(query, key, value, dropout=dropout, scale=scale)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -108,7 +108,10 @@ class HfBlock:
     def attend(
         self, h: Tensor, ask: Ask, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        return self.attention(h, attention_mask=attention_mask, transom=ask, **kwargs)[0]
+        # some layers swallow keyword arguments; the mask is what all of them hand on untouched
+        ask.mask = attention_mask
+        carried = attention_mask if ask.plain else ask
+        return self.attention(h, attention_mask=carried, **kwargs)[0]
 
     def residual1(self, y: Tensor) -> Tensor:
         for name in self.before:
