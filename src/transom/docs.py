@@ -80,8 +80,10 @@ def page(card: Card) -> str:
     """The page of one paper that works: its facts, its settings, its room's own words."""
     method = registry.methods()[card.slug]
     room = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
+    year = str(card.year)
+    when = card.venue if card.venue and year in card.venue else f"{card.venue}, first {year}"
     facts = [
-        ("paper", f"{card.title} ({', '.join(filter(None, [card.venue, str(card.year)]))})"),
+        ("paper", f"{card.title} ({when if card.venue else year})"),
         ("family", card.family),
         ("kind", card.kind),
         ("authors' code", _code(card)),
