@@ -35,7 +35,7 @@ class Ask:
         bias: (B, 1, 1, N) added to the logits of each key; None for none.
         keep: whether q and k are wanted afterwards.
         operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
-        mask: the host's own attention mask.
+        moved: whether these are no longer the tokens that the host's own mask was made for.
         answered: whether the attention took notice.
         q, k: (B, H, N, d) as they entered the attention, if wanted.
         scale: of the logits.
@@ -44,7 +44,7 @@ class Ask:
     bias: Tensor | None = None
     keep: bool = False
     operator: Callable[..., Tensor] | None = None
-    mask: Tensor | None = None
+    moved: bool = False
     answered: bool = False
     q: Tensor | None = None
     k: Tensor | None = None
@@ -64,7 +64,7 @@ class Ask:
     @property
     def plain(self) -> bool:
         """Whether the host's own attention does all that is asked."""
-        return self.bias is None and not self.keep and self.operator is None
+        return not self.moved and self.bias is None and not self.keep and self.operator is None
 
     @property
     def key(self) -> Tensor:
@@ -141,6 +141,9 @@ class BlockView(Protocol):
     def residual2(self, y: Tensor) -> Tensor:
         """What the host does to the ffn branch before it is added."""
 
+    def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """(B, N) bool, False for padding, from the arguments of the block; None without any."""
+
     def checkpoint(self) -> Callable[..., Any] | None:
         """The host's own gradient checkpointing of this block, when it is switched on."""
 
@@ -205,11 +208,20 @@ class Call:
                 self.trace = trace
         self.tracks = self.restore != "never" or self.trace is not None
 
-    def enter(self, i: int, x: Tensor) -> Record:
-        """The record that belongs to x (B, N, D) at the door of block i."""
+    def enter(self, i: int, x: Tensor, valid: Callable[[], Tensor | None]) -> Record:
+        """The record that belongs to x (B, N, D) at the door of block i.
+
+        Args:
+            i: the block; a loop may begin anywhere.
+            x: features that arrive there.
+            valid: tells which tokens of an original sequence are no padding.
+
+        Raises:
+            TokensError: the tokens are not those that left the block before, or too few.
+        """
         record = self.records[i] if i else None
         if record is None:
-            record = self.records[i] = self._original(x)
+            record = self.records[i] = self._original(x, valid())
         expected = self.counts[i]
         if expected is None or self.restore == "every":
             expected = record.layout.count
@@ -221,7 +233,7 @@ class Call:
             )
         return record
 
-    def _original(self, x: Tensor) -> Record:
+    def _original(self, x: Tensor, valid: Tensor | None) -> Record:
         state = self.stack.fitted
         layout = state.layout(x.shape[1])
         patches = layout.count - layout.prefix
@@ -231,9 +243,9 @@ class Call:
                 "to reduce; use a larger image or a smaller patch"
             )
         if not self.tracks:
-            return Record(layout)
+            return Record(layout, valid=valid)
         places = torch.arange(layout.count, device=x.device)
-        return Record(layout, index=places.expand(x.shape[0], -1))
+        return Record(layout, index=places.expand(x.shape[0], -1), valid=valid)
 
     def leave(self, i: int, entered: Record, tokens: Tokens) -> None:
         """Remember what leaves block i."""
@@ -247,12 +259,10 @@ class Call:
 class Bound:
     """A block of a fitted stack for one call; everything but the call is the block's own."""
 
-    __slots__ = ("_block", "_call", "_place")
-
     def __init__(self, block: nn.Module, call: Call, place: int) -> None:
-        object.__setattr__(self, "_block", block)
-        object.__setattr__(self, "_call", call)
-        object.__setattr__(self, "_place", place)
+        self.__dict__["_block"] = block
+        self.__dict__["_call"] = call
+        self.__dict__["_place"] = place
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._block(x, *args, transom=(self._call, self._place), **kwargs)
@@ -359,7 +369,7 @@ class BlockFlow:
 
     def _run(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         view, fill, i = self.view, self.fill, self.place
-        record = call.enter(i, x)
+        record = call.enter(i, x, lambda: view.valid(*args, **kwargs))
         full = x  # what the host's loop carries, when that is the full sequence
         count = call.counts[i]
         if call.restore == "every" and count is not None:
@@ -367,10 +377,13 @@ class BlockFlow:
             x = rows.take(full, representatives(record.index, count))
 
         ask = Ask(
-            attention.log_size(record.size, x.dtype) if fill.size_bias else None,
             keep=fill.tokens is not None and fill.asks,
             operator=fill.attention,
+            moved=count is not None,
         )
+        size = record.size if fill.size_bias else None
+        if size is not None or not ask.plain:
+            ask.bias = attention.key_bias(size, record.valid, x.dtype)
         x = x + view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs))
         if not (ask.plain or ask.answered):
             raise HostError(

@@ -36,11 +36,13 @@ class Record:
             one.
         index: (B, N0) int64, current position of every original token, -1 once dropped; None
             when nobody asked for it.
+        valid: (B, N) bool, False for padding; None when there is none.
     """
 
     layout: Layout
     size: Tensor | None = None
     index: Tensor | None = None
+    valid: Tensor | None = None
 
     def sources(self, count: int) -> Tensor:
         """0/1 membership (B, count, N0): which original tokens each current one stands for.
@@ -79,12 +81,20 @@ class Tokens:
         """(B, N, 1) float32, or None when every token stands for itself."""
         return self.record.size
 
-    def _moved(self, target: Tensor) -> Tensor | None:
-        """The index map after old position n became target[:, n] (-1: dropped)."""
-        index = self.record.index
-        if index is None:
-            return None
-        return torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
+    def _after(self, x: Tensor, matching: Matching, size: Tensor | None) -> Tokens:
+        """New features and sizes, with origins and padding moved along."""
+        index, valid = self.record.index, self.record.valid
+        if index is not None:
+            target = matching.target(self.count)
+            index = torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
+        if valid is not None:
+            # a token is padding only if all it stands for is
+            stays = valid.gather(1, matching.keep).float()
+            joins = valid.gather(1, matching.source).float()
+            fresh = stays.new_zeros(stays.shape[0], x.shape[1] - stays.shape[1])
+            total = torch.cat([stays, fresh], 1).scatter_add(1, matching.into, joins)
+            valid = total > 0
+        return Tokens(x, replace(self.record, size=size, index=index, valid=valid))
 
     def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:
         """Sources flow into the tokens that stay.
@@ -97,18 +107,13 @@ class Tokens:
             The tokens that stay, in the order of `matching.keep`.
         """
         x = merging.merge(self.x, matching, "mean", self.size if weighted else None)
-        size = merging.merged_size(self.size, matching, torch.float32)
-        tracked = self.record.index is not None
-        index = self._moved(matching.target(self.count)) if tracked else None
-        return Tokens(x, replace(self.record, size=size, index=index))
+        return self._after(x, matching, merging.merged_size(self.size, matching, torch.float32))
 
     def keep(self, index: Tensor) -> Tokens:
         """Only the tokens at `index` (B, K) stay, in that order; the others are dropped."""
         size = None if self.size is None else rows.take(self.size, index)
         nothing = index[:, :0]
-        tracked = self.record.index is not None
-        moved = self._moved(Matching(index, nothing, nothing).target(self.count)) if tracked else None
-        return Tokens(rows.take(self.x, index), replace(self.record, size=size, index=moved))
+        return self._after(rows.take(self.x, index), Matching(index, nothing, nothing), size)
 
     def fuse(self, index: Tensor, rest: Tensor, fused: Tensor) -> Tokens:
         """The tokens at `index` stay, and those at `rest` become one token behind them.
@@ -121,15 +126,13 @@ class Tokens:
         Returns:
             K + 1 tokens.
         """
-        last = torch.full_like(rest, index.shape[1])
         size = self.size
         if size is not None:
             gone = rows.take(size, rest).sum(1, keepdim=True)
             size = torch.cat([rows.take(size, index), gone], 1)
-        tracked = self.record.index is not None
-        moved = self._moved(Matching(index, rest, last).target(self.count)) if tracked else None
+        last = torch.full_like(rest, index.shape[1])
         x = torch.cat([rows.take(self.x, index), fused], 1)
-        return Tokens(x, replace(self.record, size=size, index=moved))
+        return self._after(x, Matching(index, rest, last), size)
 
 
 def restore(x: Tensor, record: Record, missing: Tensor | None = None) -> Tensor:

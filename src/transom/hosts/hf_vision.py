@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
@@ -58,11 +59,6 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     ask = attention_mask
-    if ask.mask is not None:
-        raise TokensError(
-            "this call has an attention mask, but a fitted method reduces or reweights the tokens "
-            "the mask was made for; call the model without a mask, or remove the method"
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = ask.attend(query, key, value, dropout=dropout, scale=scale)
     return out.transpose(1, 2).contiguous(), None
@@ -109,7 +105,6 @@ class HfBlock:
         self, h: Tensor, ask: Ask, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         # some layers swallow keyword arguments; the mask is what all of them hand on untouched
-        ask.mask = attention_mask
         carried = attention_mask if ask.plain else ask
         return self.attention(h, attention_mask=carried, **kwargs)[0]
 
@@ -128,6 +123,18 @@ class HfBlock:
         for name in self.after:
             y = getattr(self.module, name)(y)
         return y
+
+    def valid(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        same = attention_mask == attention_mask[:, :, :1]
+        if not torch.compiler.is_compiling() and not same.all():
+            raise TokensError(
+                "the attention mask of this call differs between queries; a fitted method can "
+                "only carry a padding mask along, which is the same for all of them"
+            )
+        row = attention_mask[:, 0, 0]
+        return row if row.dtype == torch.bool else row >= 0
 
     def checkpoint(self) -> Callable[..., Any] | None:
         module: Any = self.module

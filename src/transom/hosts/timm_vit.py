@@ -80,6 +80,9 @@ class TimmBlock:
     def residual2(self, y: Tensor) -> Tensor:
         return self.module.drop_path2(self.module.ls2(y))
 
+    def valid(self, **kwargs: Any) -> None:
+        return None  # timm's masks relate pairs of tokens; TimmAttention refuses them
+
     def checkpoint(self) -> Callable[..., Any] | None:
         return None  # timm checkpoints in the loop around its blocks
 

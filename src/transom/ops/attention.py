@@ -12,19 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def log_size(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Key bias of proportional attention (ToMe, eq. 1).
+def key_bias(
+    size: Tensor | None, valid: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Bias of each key: log(size) of proportional attention (ToMe, eq. 1), and padding.
 
     Args:
-        size: (B, N, 1) original tokens each key stands for; None when all are one.
+        size: (B, N, 1) original tokens each key stands for; None when that does not count.
+        valid: (B, N) bool, False for padding; None when there is none.
         dtype: of the queries the bias will meet.
 
     Returns:
-        (B, 1, 1, N), or None.
+        (B, 1, 1, N), or None when there is nothing to add.
     """
-    if size is None:
+    if size is None and valid is None:
         return None
-    return size[..., 0].log().to(dtype)[:, None, None]
+    if size is None:
+        assert valid is not None
+        bias = torch.zeros_like(valid, dtype=dtype)
+    else:
+        bias = size[..., 0].log().to(dtype)
+    if valid is not None:
+        bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
+    return bias[:, None, None]
 
 
 def attend(

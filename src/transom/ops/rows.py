@@ -44,7 +44,6 @@ def add(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
         (B, N, D), a fresh tensor.
     """
     batch, rows, width = x.shape
-    flat = x.reshape(batch * rows, width).index_add(
-        0, _flat(index, rows), values.reshape(-1, width)
-    )
+    place = _flat(index, rows)[:, None].expand(-1, width)
+    flat = x.reshape(batch * rows, width).scatter_add(0, place, values.reshape(-1, width))
     return flat.view(batch, rows, width)
