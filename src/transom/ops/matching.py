@@ -56,7 +56,11 @@ def unit(metric: Tensor) -> Tensor:
     return F.normalize(metric, dim=-1, eps=1e-12)
 
 
-def _descending(score: Tensor) -> Tensor:
+def descending(score: Tensor) -> Tensor:
+    """Positions (B, N) int64 by descending score (B, N); ties by position."""
+    if torch.compiler.is_exporting():
+        # ONNX has no stable sort, but its TopK breaks ties by position
+        return score.topk(score.shape[-1], dim=-1).indices
     return score.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -101,7 +105,7 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     scores[:, : (prefix + 1) // 2] = -torch.inf
     scores[:, :, : prefix // 2] = -torch.inf
     best, partner = scores.max(-1)
-    order = _descending(best)
+    order = descending(best)
     source, unmerged = order[:, :r], order[:, r:]
     if prefix:
         unmerged = unmerged.sort(-1).values
@@ -191,7 +195,7 @@ def energy_pairs(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matc
     Returns:
         A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
     """
-    order = _descending(score)
+    order = descending(score)
     a, b, rest = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
     _, partner = _best(metric[:, prefix:], a, b)
     return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)
@@ -210,10 +214,10 @@ def energy_bipartite(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> 
     Returns:
         A matching with M = N - r: prefix, unmerged by descending similarity, then destinations.
     """
-    order = _descending(score)
+    order = descending(score)
     a, b = order[:, ::2], order[:, 1::2]
     best, partner = _best(metric[:, prefix:], a, b)
-    ranks = _descending(best)
+    ranks = descending(best)
     source, unmerged = ranks[:, :r], ranks[:, r:]
     into = unmerged.shape[1] + _at(partner, source)
     keep = torch.cat([_at(a, unmerged), b], 1)
@@ -233,7 +237,7 @@ def energy_halves(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Mat
     Returns:
         A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
     """
-    order = _descending(score)
+    order = descending(score)
     a, b, rest = order[:, :r], order[:, r : 2 * r], order[:, 2 * r :]
     _, partner = _best(metric[:, prefix:], a, b)
     return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)

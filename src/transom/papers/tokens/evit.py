@@ -25,19 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
-from transom.ops import rows
+from transom.ops import matching, rows
 from transom.registry import Method
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
-
-
-def by_attention(attention: Tensor) -> Tensor:
-    """Positions (B, T) int64 by descending attention (B, T); ties by position."""
-    return attention.detach().argsort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class KeepAttended:
             return tokens
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.fuse):
             attention = attended.class_row()[:, prefix:]  # (B, T)
-        order = by_attention(attention)
+        order = matching.descending(attention.detach())
         front = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
         stay = torch.cat([front, order[:, :k] + prefix], 1)
         if not self.fuse:
