@@ -120,7 +120,9 @@ def _settings(method: type) -> list[str]:
     ]
     example = f"from {method.__module__} import {method.__name__}"
     if all(row[2] for row in rows):
-        example += f"\n\nmethod = {method()!r}  # the defaults"
+        values = "".join(f"    {row[0].strip('`')}={row[2].strip('`')},\n" for row in rows)
+        call = f"(\n{values})" if rows else "()"
+        example += f"\n\nmethod = {method.__name__}{call}  # the defaults"
     code = ["```python", *example.split("\n"), "```"]
     if not rows:
         return [*code, "", "It has no settings."]
@@ -129,10 +131,13 @@ def _settings(method: type) -> list[str]:
 
 def _default(field: dataclasses.Field[object]) -> str:
     if field.default is not dataclasses.MISSING:
-        return f"`{field.default!r}`"
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{field.default_factory()!r}`"
-    return ""
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return ""
+    # As the formatter writes it, so that the page's code passes the same checks as the rest.
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value!r}`"
 
 
 def _meanings(method: type) -> dict[str, str]:
