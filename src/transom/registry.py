@@ -31,9 +31,14 @@ class Method(ABC):
     """
 
     slug: ClassVar[str]
-    """Registry key; set from the room's file name."""
+    """Registry key: the name of the room's file, with dashes."""
     needs_class_token: ClassVar[bool] = False
     """Whether hosts without a class token are refused."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "slug" not in cls.__dict__:
+            cls.slug = cls.__module__.rpartition(".")[2].replace("_", "-")
 
     @abstractmethod
     def fit(self, host: Host) -> list[Fill]:
@@ -90,7 +95,6 @@ def methods() -> dict[str, type[Method]]:
         ]
         if len(own) != 1:
             raise TypeError(f"{info.name} defines {len(own)} methods; a room defines exactly one")
-        own[0].slug = info.name.rpartition(".")[2].replace("_", "-")
         found[own[0].slug] = own[0]
     return dict(sorted(found.items()))
 

@@ -62,7 +62,8 @@ def merge(
     if mode == "max":
         index = matching.into[..., None].expand_as(source)
         return kept.scatter_reduce(1, index, source, "amax", include_self=True)
-    total = merged_size(size, matching, torch.float32).gather(1, matching.into[..., None])
+    precise = torch.promote_types(x.dtype, torch.float32)
+    total = merged_size(size, matching, precise).gather(1, matching.into[..., None])
     share = 1 / total
     if size is not None:
         share = size.gather(1, matching.source[..., None]) / total

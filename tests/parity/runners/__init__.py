@@ -1,0 +1,1 @@
+"""One module a paper: KINDS maps the kind of a golden case to what runs it."""
