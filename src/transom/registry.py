@@ -67,6 +67,15 @@ class Method(ABC):
         """
         return [{}]
 
+    @classmethod
+    def neutral(cls) -> dict[str, Any] | None:
+        """Settings under which a fitted host computes what it computes without the method.
+
+        Returns:
+            Settings for the constructor; None when there are none.
+        """
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The hyperparameters as plain values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transom.hosts.base import Host
 from transom.registry import Method
@@ -15,3 +16,7 @@ class NoOp(Method):
 
     def fit(self, host: Host) -> list[Fill]:
         return [Fill()] * host.depth
+
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {}

@@ -122,3 +122,7 @@ class Random(Method):
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]
+
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}

@@ -7,6 +7,7 @@ free twin is the method's own overhead. As a way to choose tokens it is worthles
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
@@ -53,5 +54,23 @@ class Slice(Method):
             raise SettingsError(
                 f"counts lists {len(self.counts)} blocks, but the host has {host.depth}"
             )
+        low = [n for n in self.counts if n <= host.prefix]
+        if low:
+            raise SettingsError(
+                f"counts holds {low[0]}, but this host has {host.prefix} prefix tokens that "
+                "always stay; expected more"
+            )
         fills = [Fill(tokens=KeepFirst(n), asks=False, drops=True) for n in self.counts]
         return fills + [Fill()] * (host.depth - len(fills))
+
+    @classmethod
+    def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
+        # evenly down to 9/10, 7/10 and a half of the patches
+        return [
+            {"counts": tuple(round(patches * (1 - gone * (i + 1) / depth)) for i in range(depth))}
+            for gone in (0.1, 0.3, 0.5)
+        ]
+
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {}

@@ -173,6 +173,10 @@ class EViT(Method):
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]
 
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {"keep_rate": 1.0}
+
 
 def _many(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)

@@ -206,6 +206,10 @@ class PiToMe(Method):
         # ratios that leave 3/4, 1/2 and 1/5 of the patches after the last block
         return [{"ratio": round(left ** (1 / depth), 4)} for left in (0.75, 0.5, 0.2)]
 
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {"ratio": 1.0}
+
 
 def _per_block(values: tuple[Any, ...], depth: int, name: str) -> tuple[Any, ...]:
     if len(values) != depth:

@@ -127,3 +127,7 @@ class ToMe(Method):
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         # a quarter, a half and nearly all of what depth blocks can remove evenly
         return [{"r": max(1, round(patches * part / depth))} for part in (0.25, 0.5, 0.8)]
+
+    @classmethod
+    def neutral(cls) -> dict[str, Any]:
+        return {"r": 0}
