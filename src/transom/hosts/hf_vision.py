@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,10 @@ class HfBlock:
         self.names = {role: _role(children, role, name, module) for role in ROLES}
         self.before = tuple(n for n in ("dropout", "layer_scale1", "drop_path") if n in children)
         self.after = tuple(n for n in ("dropout", "layer_scale2", "drop_path") if n in children)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register()  # a fitted model may be unpickled where nothing was fitted yet
 
     def _part(self, role: str) -> nn.Module:
         return getattr(self.module, self.names[role])
@@ -230,14 +235,6 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
     if isinstance(root, BackboneMixin):
         reads = "maps"
 
-    def install() -> Iterator[Change]:
-        _register()
-        for view in views:
-            attention: Any = view.attention
-            own = copy.copy(attention.config)
-            own._attn_implementation_internal = f"transom_{_implementation(attention)}"
-            yield put(attention, "config", own)
-
     return Host(
         family=f"transformers {config.model_type}",
         root=root,
@@ -251,9 +248,18 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
         grid=(size[0] // patch[0], size[1] // patch[1]),
         reads=reads,
         architecture=config.model_type,
-        example=lambda: example_pixels(root, config.num_channels, size),
-        install=install,
+        example=partial(example_pixels, root, config.num_channels, size),
+        install=partial(_install, views),
     )
+
+
+def _install(views: list[HfBlock]) -> Iterator[Change]:
+    _register()
+    for view in views:
+        attention: Any = view.attention
+        own = copy.copy(attention.config)
+        own._attn_implementation_internal = f"transom_{_implementation(attention)}"
+        yield put(attention, "config", own)
 
 
 def _pair(value: Any) -> tuple[int, int]:

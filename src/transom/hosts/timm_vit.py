@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,12 +139,6 @@ def _host(root: Any, name: str) -> Host:
     size = tuple(root.patch_embed.img_size or (224, 224))
     grid = root.patch_embed.grid_size
 
-    def install() -> Iterator[Change]:
-        for view in views:
-            attn = view.module.attn
-            yield put(attn, "forward", TimmAttention(attn))
-        yield put(root, "forward_intermediates", RestoredIntermediates(root))
-
     return Host(
         family="timm VisionTransformer",
         root=root,
@@ -157,9 +152,15 @@ def _host(root: Any, name: str) -> Host:
         grid=None if grid is None else (int(grid[0]), int(grid[1])),
         reads=reads,
         architecture=str(cfg.get("architecture", "") or ""),
-        example=lambda: example_pixels(root, root.patch_embed.proj.in_channels, size),
-        install=install,
+        example=partial(example_pixels, root, root.patch_embed.proj.in_channels, size),
+        install=partial(_install, root),
     )
+
+
+def _install(root: Any) -> Iterator[Change]:
+    for block in root.blocks._modules.values():
+        yield put(block.attn, "forward", TimmAttention(block.attn))
+    yield put(root, "forward_intermediates", RestoredIntermediates(root))
 
 
 def _check_block(block: Any, name: str) -> None:

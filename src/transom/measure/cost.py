@@ -205,7 +205,7 @@ def _peak_cpu_bytes(run: Run) -> int:
         result = run()
     del result  # held until here, so that its release is not part of the call
     # The public event list drops the order of releases, which is what a peak depends on.
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded = profiler.profiler.kineto_results.events()
     changes = [
         (event.start_ns(), event.nbytes()) for event in recorded if event.name() == _ALLOCATION
     ]

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import DataError
-from transom.measure.comparison import LOWER_IS_BETTER, PLAIN, Comparison, Row
+from transom.measure.row import CONTROL, LOWER_IS_BETTER, PLAIN, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without black and yellow: told apart by most colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -28,10 +26,25 @@ class Palette:
     soft: str
     grid: str
     paper: str
+    methods: tuple[str, ...]
 
 
-_LIGHT = Palette(ink="#1c2733", soft="#6b7785", grid="#e3e7ec", paper="#ffffff")
-_DARK = Palette(ink="#e6ebf0", soft="#95a1ae", grid="#2c3743", paper="#141b22")
+# Okabe and Ito's colours without black and yellow, which most colour-blind readers tell apart;
+# on a dark ground the dark ones are lightened.
+_LIGHT = Palette(
+    ink="#1c2733",
+    soft="#6b7785",
+    grid="#e3e7ec",
+    paper="#ffffff",
+    methods=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+)
+_DARK = Palette(
+    ink="#e6ebf0",
+    soft="#95a1ae",
+    grid="#28323c",
+    paper="#141b22",
+    methods=("#4aa8e6", "#ff8a3d", "#2fc79a", "#e08fc0", "#f0b840", "#9ad4f5"),
+)
 
 
 def pareto(comparison: Comparison, y: str | None = None, *, dark: bool = False) -> Figure:
@@ -64,9 +77,8 @@ def pareto(comparison: Comparison, y: str | None = None, *, dark: bool = False) 
     lower = name in LOWER_IS_BETTER
     _frame(axes, palette, name, lower)
     _front(axes, rows, name, palette)
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != PLAIN))
-    for i, method in enumerate(methods):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+    styles = _styles(rows, palette)
+    for method, (colour, marker) in styles.items():
         _method(axes, [r for r in rows if r.method == method], name, colour, marker, palette)
     if comparison.plain is not None and name in comparison.plain.quality:
         at = comparison.plain.quality[name]
@@ -75,16 +87,18 @@ def pareto(comparison: Comparison, y: str | None = None, *, dark: bool = False) 
             "plain", (1.0, at), (0, 9), textcoords="offset points",
             ha="center", va="bottom", color=palette.ink, fontsize=9.5, fontweight="bold",
         )  # fmt: skip
-    axes.margins(x=0.08, y=0.12)
+    axes.margins(x=0.06, y=0.12)
     if lower:
         axes.invert_yaxis()
-    _annotate(axes, rows, name, palette)
-    _legend(axes, methods, palette, any(row.control for row in rows))
+    _annotate(axes, rows, name, styles)
+    _legend(axes, styles, palette, any(row.control for row in rows))
     return figure
 
 
 def front(rows: Iterable[Row], name: str) -> list[Row]:
     """The rows that no other beats in both speed-up and quality, from slow to fast.
+
+    The random control is no candidate.
 
     Args:
         rows: Candidates that have the measure.
@@ -92,7 +106,8 @@ def front(rows: Iterable[Row], name: str) -> list[Row]:
     """
     sign = -1 if name in LOWER_IS_BETTER else 1
     best: list[Row] = []
-    for row in sorted(rows, key=lambda r: (-_speed(r), -sign * r.quality[name])):
+    candidates = [row for row in rows if row.method != CONTROL]
+    for row in sorted(candidates, key=lambda r: (-_speed(r), -sign * r.quality[name])):
         if not best or sign * row.quality[name] > sign * best[-1].quality[name]:
             best.append(row)
     return best[::-1]
@@ -104,6 +119,17 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor=figure.get_facecolor())
     return path
+
+
+def _styles(rows: Iterable[Row], palette: Palette) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every method; the random control is grey."""
+    names = dict.fromkeys(row.method for row in rows if row.method != PLAIN)
+    styles: dict[str, tuple[str, str]] = {}
+    for name in names:
+        i = sum(known != CONTROL for known in styles)
+        colour = palette.methods[i % len(palette.methods)]
+        styles[name] = (palette.soft, "h") if name == CONTROL else (colour, _MARKERS[i % 6])
+    return styles
 
 
 def _speed(row: Row) -> float:
@@ -149,7 +175,9 @@ def _method(
     axes.plot(xs, ys, marker, ms=8, color=colour, mec=palette.paper, mew=1.0, ls="", zorder=5)
 
 
-def _annotate(axes: Axes, rows: Sequence[Row], name: str, palette: Palette) -> None:
+def _annotate(
+    axes: Axes, rows: Sequence[Row], name: str, styles: dict[str, tuple[str, str]]
+) -> None:
     """Write settings beside the markers, where there is room among those already written."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
@@ -173,9 +201,16 @@ def _annotate(axes: Axes, rows: Sequence[Row], name: str, palette: Palette) -> N
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 axes.annotate(
-                    text, axes.transData.inverted().transform((left + width / 2, bottom)),
-                    ha="center", va="bottom", fontsize=8, color=palette.soft, zorder=7,
-                )  # fmt: skip
+                    text,
+                    (_speed(row), row.quality[name]),
+                    ((left + width / 2 - x) / scale, (bottom - y) / scale),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=8,
+                    color=styles[row.method][0],
+                    zorder=7,
+                )
                 break
 
 
@@ -183,25 +218,32 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _legend(axes: Axes, methods: list[str], palette: Palette, controls: bool) -> None:
+def _legend(
+    axes: Axes, styles: dict[str, tuple[str, str]], palette: Palette, controls: bool
+) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
-               ms=7, mec=palette.paper, label=method)
-        for i, method in enumerate(methods)
-    ]  # fmt: skip
-    handles.append(
-        Line2D([], [], ls=":", marker="o", ms=6, mfc=palette.paper, color=palette.soft,
-               mec=palette.soft, label="limit by FLOPs")
-    )  # fmt: skip
+    soft = palette.soft
+    figure: Any = axes.figure
+    methods = [
+        Line2D([], [], color=colour, marker=marker, ms=7, mec=palette.paper, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    signs = [
+        Line2D([], [], lw=8, alpha=0.25, color=soft, label="Pareto front"),
+        Line2D([], [], ls=":", marker="o", mfc=palette.paper, color=soft, label="limit by FLOPs"),
+    ]
     if controls:
-        handles.append(
-            Line2D([], [], ls="", marker="x", ms=5, mew=1.4, color=palette.soft,
-                   label="random, same tokens")
-        )  # fmt: skip
-    handles.append(Line2D([], [], lw=8, alpha=0.25, color=palette.soft, label="Pareto front"))
-    axes.figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 5), frameon=False,
-        fontsize=9.5, labelcolor=palette.ink, handlelength=1.8, columnspacing=1.6,
-    )  # fmt: skip
+        label = "random, same token counts"
+        signs.append(Line2D([], [], ls="", marker="x", ms=5, mew=1.4, color=soft, label=label))
+    for handles, loc in ((methods, "outside upper left"), (signs, "outside lower left")):
+        figure.legend(
+            handles=handles,
+            loc=loc,
+            ncols=min(len(handles), 7),
+            frameon=False,
+            fontsize=9.5,
+            labelcolor=palette.ink,
+            handlelength=1.8,
+            columnspacing=1.6,
+        )

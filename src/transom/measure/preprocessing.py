@@ -125,13 +125,11 @@ def classes_of(model: nn.Module) -> int | None:
     """How many classes the head of a model tells apart; None if it has no classification head."""
     if hasattr(model, "pretrained_cfg"):
         return int(getattr(model, "num_classes", 0)) or None
-    config = getattr(model, "config", None)
-    if hasattr(config, "num_labels") and isinstance(getattr(model, "classifier", None), nn.Linear):
-        return int(config.num_labels)
-    if hasattr(config, "num_labels") and isinstance(
-        getattr(model, "cls_classifier", None), nn.Linear
-    ):
-        return int(config.num_labels)
+    config: Any = getattr(model, "config", None)
+    # DeiT's head for two class tokens has two classifiers, which agree on the classes.
+    for name in ("classifier", "cls_classifier"):
+        if isinstance(getattr(model, name, None), nn.Linear) and hasattr(config, "num_labels"):
+            return int(config.num_labels)
     return None
 
 

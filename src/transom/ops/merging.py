@@ -58,7 +58,7 @@ def merge(
     kept = rows.take(x, matching.keep)
     source = rows.take(x, matching.source)
     if mode == "sum":
-        return rows.add(kept, matching.into, source)
+        return rows.add_(kept, matching.into, source)
     if mode == "max":
         index = matching.into[..., None].expand_as(source)
         return kept.scatter_reduce(1, index, source, "amax", include_self=True)
@@ -68,7 +68,7 @@ def merge(
     if size is not None:
         share = size.gather(1, matching.source[..., None]) / total
     change = (source - rows.take(kept, matching.into)) * share.to(x.dtype)
-    return rows.add(kept, matching.into, change)
+    return rows.add_(kept, matching.into, change)
 
 
 def spread(y: Tensor, target: Tensor, missing: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Move whole token rows: the two primitives every token reduction is made of.
 
-``take`` copies rows, ``add`` accumulates rows. Both work on the flattened (B*N, D) view, where
+``take`` copies rows, ``add_`` accumulates rows. Both work on the flattened (B*N, D) view, where
 they are row copies instead of element-wise gathers (an order of magnitude faster on CPUs), and
 each has a short twin in :mod:`transom.ops.reference`.
 """
@@ -32,18 +32,18 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return flat.view(batch, index.shape[1], width)
 
 
-def add(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """`x` with `values` added to the rows at `index`; repeated positions accumulate.
+def add_(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Add `values` to the rows of `x` at `index`, in place; repeated positions accumulate.
 
     Args:
-        x: (B, N, D).
+        x: (B, N, D), contiguous; nothing else may still need its old values.
         index: (B, K) int64 positions along N.
         values: (B, K, D).
 
     Returns:
-        (B, N, D), a fresh tensor.
+        `x`.
     """
     batch, rows, width = x.shape
     place = _flat(index, rows)[:, None].expand(-1, width)
-    flat = x.reshape(batch * rows, width).scatter_add(0, place, values.reshape(-1, width))
-    return flat.view(batch, rows, width)
+    x.view(batch * rows, width).scatter_add_(0, place, values.reshape(-1, width))
+    return x
