@@ -68,7 +68,6 @@ class _Installation:
         fills = [Fill()] * self.host.depth
         for fitting in self.fittings:
             fills = [a.joined(b) for a, b in zip(fills, fitting.fills, strict=True)]
-        # keys keep their size bias behind the last fill that made sizes
         for flow, fill in zip(self.flows, fills, strict=True):
             flow.fill = fill
         self.state.reduces = any(fill.tokens is not None for fill in fills)
@@ -411,7 +410,7 @@ def _refuse_taken(installation: _Installation, new: Fitting) -> None:
 
 
 def _install(host: Host) -> _Installation:
-    state = StackState(host.prefix, host.grid)
+    state = StackState(host.prefix, host.grid, follows=host.follows)
     flows = [
         BlockFlow(view, state, i, f"{host.stack_name}.{i}") for i, view in enumerate(host.views)
     ]

@@ -36,6 +36,8 @@ class Ask:
         keep: whether q and k are wanted afterwards.
         operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
         moved: whether these are no longer the tokens that the host's own mask was made for.
+        home: (B, N) original positions of the tokens when they moved and the host's positions
+            (rotary, relative) have to follow them; else None.
         answered: whether the attention took notice.
         q, k: (B, H, N, d) as they entered the attention, if wanted.
         scale: of the logits.
@@ -45,6 +47,7 @@ class Ask:
     keep: bool = False
     operator: Callable[..., Tensor] | None = None
     moved: bool = False
+    home: Tensor | None = None
     answered: bool = False
     q: Tensor | None = None
     k: Tensor | None = None
@@ -242,10 +245,13 @@ class Call:
                 f"the image gives {patches} patch token(s), but a fitted method needs at least 2 "
                 "to reduce; use a larger image or a smaller patch"
             )
-        if not self.tracks:
-            return Record(layout, valid=valid)
-        places = torch.arange(layout.count, device=x.device)
-        return Record(layout, index=places.expand(x.shape[0], -1), valid=valid)
+        places = torch.arange(layout.count, device=x.device).expand(x.shape[0], -1)
+        return Record(
+            layout,
+            index=places if self.tracks else None,
+            valid=valid,
+            home=places if state.follows else None,
+        )
 
     def leave(self, i: int, entered: Record, tokens: Tokens) -> None:
         """Remember what leaves block i."""
@@ -284,6 +290,7 @@ class StackState:
         restore: when tokens are restored to the full sequence.
         checked: whether every block looks for values that are not finite.
         reduces: whether any block holds a token step.
+        follows: whether the host's positions (rotary, relative) have to follow their tokens.
     """
 
     prefix: int
@@ -291,6 +298,7 @@ class StackState:
     restore: Restore = "never"
     checked: bool = False
     reduces: bool = False
+    follows: bool = False
 
     def layout(self, count: int) -> Layout:
         """Layout of an original sequence of `count` tokens."""
@@ -380,6 +388,7 @@ class BlockFlow:
             keep=fill.tokens is not None and fill.asks,
             operator=fill.attention,
             moved=count is not None,
+            home=record.home if count is not None else None,
         )
         size = record.size if fill.size_bias else None
         if size is not None or not ask.plain:

@@ -37,12 +37,15 @@ class Record:
         index: (B, N0) int64, current position of every original token, -1 once dropped; None
             when nobody asked for it.
         valid: (B, N) bool, False for padding; None when there is none.
+        home: (B, N) int64, original position at which each token stands (a merged token where
+            its destination stood); None when the host's positions need not follow.
     """
 
     layout: Layout
     size: Tensor | None = None
     index: Tensor | None = None
     valid: Tensor | None = None
+    home: Tensor | None = None
 
     def sources(self, count: int) -> Tensor:
         """0/1 membership (B, count, N0): which original tokens each current one stands for.
@@ -81,9 +84,17 @@ class Tokens:
         """(B, N, 1) float32, or None when every token stands for itself."""
         return self.record.size
 
-    def _after(self, x: Tensor, matching: Matching, size: Tensor | None) -> Tokens:
-        """New features and sizes, with origins and padding moved along."""
-        index, valid = self.record.index, self.record.valid
+    def _after(
+        self, x: Tensor, matching: Matching, size: Tensor | None, lead: Tensor | None = None
+    ) -> Tokens:
+        """New features and sizes, with origins, padding and places moved along.
+
+        A token beyond those kept takes the place of `lead` (B, 1).
+        """
+        index, valid, home = self.record.index, self.record.valid, self.record.home
+        if home is not None:
+            stays = matching.keep if lead is None else torch.cat([matching.keep, lead], 1)
+            home = home.gather(1, stays)
         if index is not None:
             target = matching.target(self.count)
             index = torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
@@ -94,7 +105,7 @@ class Tokens:
             fresh = stays.new_zeros(stays.shape[0], x.shape[1] - stays.shape[1])
             total = torch.cat([stays, fresh], 1).scatter_add(1, matching.into, joins)
             valid = total > 0
-        return Tokens(x, replace(self.record, size=size, index=index, valid=valid))
+        return Tokens(x, replace(self.record, size=size, index=index, valid=valid, home=home))
 
     def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:
         """Sources flow into the tokens that stay.
@@ -115,13 +126,14 @@ class Tokens:
         nothing = index[:, :0]
         return self._after(rows.take(self.x, index), Matching(index, nothing, nothing), size)
 
-    def fuse(self, index: Tensor, rest: Tensor, fused: Tensor) -> Tokens:
+    def fuse(self, index: Tensor, rest: Tensor, fused: Tensor, lead: Tensor) -> Tokens:
         """The tokens at `index` stay, and those at `rest` become one token behind them.
 
         Args:
             index: (B, K) positions that stay.
             rest: (B, R) positions that are condensed.
             fused: (B, 1, D) features of the new token.
+            lead: (B, 1) position of the token whose place the new one takes.
 
         Returns:
             K + 1 tokens.
@@ -132,7 +144,7 @@ class Tokens:
             size = torch.cat([rows.take(size, index), gone], 1)
         last = torch.full_like(rest, index.shape[1])
         x = torch.cat([rows.take(self.x, index), fused], 1)
-        return self._after(x, Matching(index, rest, last), size)
+        return self._after(x, Matching(index, rest, last), size, lead)
 
 
 def restore(x: Tensor, record: Record, missing: Tensor | None = None) -> Tensor:

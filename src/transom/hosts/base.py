@@ -69,6 +69,7 @@ class Host:
         architecture: the host's own name, e.g. of the timm model; "" when unknown.
         example: makes an input (1, ...) for `root`.
         install: family-specific edits beside the block flow.
+        follows: whether positions enter each attention and have to follow their tokens.
     """
 
     family: str
@@ -85,6 +86,7 @@ class Host:
     architecture: str
     example: Callable[[], Tensor]
     install: Callable[[], Iterable[Change]] = field(default=tuple)
+    follows: bool = False
 
     @property
     def depth(self) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import JustifyMethod
     from rich.table import Table
+
     from transom.measure.report import Section
 
 _FORMAT = "transom-comparison-1"

@@ -26,12 +26,17 @@ class KeepFirst:
         if self.count >= tokens.count:
             return tokens
         record = tokens.record
-        index, size = record.index, record.size
+        index, size, valid, home = record.index, record.size, record.valid, record.home
         if index is not None:
             index = index.masked_fill(index >= self.count, -1)
         if size is not None:
             size = size[:, : self.count]
-        return Tokens(tokens.x[:, : self.count], replace(record, index=index, size=size))
+        if valid is not None:
+            valid = valid[:, : self.count]
+        if home is not None:
+            home = home[:, : self.count]
+        changed = replace(record, index=index, size=size, valid=valid, home=home)
+        return Tokens(tokens.x[:, : self.count], changed)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class KeepAttended:
             return tokens.keep(stay)
         rest = order[:, k:].sort(-1).values
         weight = attention.gather(1, rest)[:, None]  # (B, 1, R)
-        return tokens.fuse(stay, rest + prefix, weight @ rows.take(tokens.x, rest + prefix))
+        fused = weight @ rows.take(tokens.x, rest + prefix)
+        return tokens.fuse(stay, rest + prefix, fused, lead=order[:, k : k + 1] + prefix)
 
 
 def kept(count: int, keep_rate: float, tokens: int | None = None) -> int:
