@@ -23,6 +23,7 @@ from torch import Tensor
 
 from transom.errors import DataError
 from transom.measure.preprocessing import Preprocessing
+from transom.measure.quality import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,8 @@ def _decode(
     labels = None
     if found.labels is not None:
         labels = torch.tensor([found.labels[i] for i in kept])
-        _check(labels, classes, found.origin)
+        if classes is not None:
+            check_labels(labels, classes)
     return ImageSet(
         torch.stack(images),
         preprocessing,
@@ -343,7 +345,8 @@ def _from_tensor(
     if labels is not None:
         _same_number(len(labels), len(images))
         kept = torch.tensor(labels[:limit])
-        _check(kept, classes, "the given labels")
+        if classes is not None:
+            check_labels(kept, classes)
     images = images[:limit].detach()
     names = tuple(f"image {i}" for i in range(len(images)))
     return ImageSet(images, preprocessing, kept, names)
@@ -380,18 +383,6 @@ def _labels(labels: Tensor | Sequence[int] | bool | None) -> list[int] | None:
 def _same_number(labels: int, images: int) -> None:
     if labels != images:
         raise DataError(f"got {labels} labels for {images} images; expected one for every image")
-
-
-def _check(labels: Tensor, classes: int | None, origin: str) -> None:
-    if classes is None or not len(labels):
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"the labels of {origin} reach from {low} to {high}, but the head has {classes} "
-            f"classes (0 to {classes - 1}); use the data the head was trained for, or leave the "
-            "labels out (labels=False)"
-        )
 
 
 def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from transom.measure.comparison import Comparison
+
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 

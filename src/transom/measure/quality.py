@@ -48,7 +48,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
         raise DataError(
             f"labels reach from {int(labels.min())} to {int(labels.max())}, but the head has "
             f"{classes} classes (0 to {classes - 1}); use the data the head was trained for, "
-            "or leave the labels out to compare features"
+            "or leave the labels out (labels=False)"
         )
 
 
