@@ -1,0 +1,104 @@
+"""Which methods meet which hosts, with which settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import transom
+from tests.common.hosts import DEPTH, HOSTS
+from transom import registry
+from transom.errors import FitError
+
+METHODS = sorted(registry.methods())
+
+# Every method meets these, and every host meets the two methods below; the rest of the cross
+# product is slow by its sheer number.
+CORE = ("timm-class", "timm-registers", "timm-average", "hf-vit", "hf-dinov2")
+# One that merges, asks for keys and counts sizes, and one that drops.
+MERGES, DROPS = "tome", "random"
+
+
+def pairs() -> list[Any]:
+    """Every (method, host)."""
+    return [
+        pytest.param(
+            method,
+            host,
+            marks=() if host in CORE or method in (MERGES, DROPS) else pytest.mark.slow,
+            id=f"{method}-{host}",
+        )
+        for method in METHODS
+        for host in HOSTS
+    ]
+
+
+def strongest(method: str, depth: int = DEPTH, patches: int = 16) -> dict[str, Any]:
+    """The settings of a method that change a small host most."""
+    return registry.methods()[method].grid(depth, patches)[-1]
+
+
+def fitted(model: nn.Module, method: str, **options: Any) -> nn.Module:
+    """`model` with a method at its strongest; skips where the method has a need the host lacks."""
+    try:
+        return transom.apply(model, method, **{**strongest(method), **options})
+    except FitError as error:
+        pytest.skip(str(error))
+
+
+def bites(model: nn.Module) -> bool:
+    """Whether anything fills a slot of a fitted model."""
+    return any(fill.slots() for f in transom.fittings(model) for fill in f.fills)
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether two outputs are the same bit for bit."""
+    return len(got) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(got, expected, strict=True)
+    )
+
+
+def close(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    """Assert that two outputs have the same shapes and nearly the same values."""
+    assert [t.shape for t in got] == [t.shape for t in expected]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def anatomy(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Everything a model consists of: classes, attributes, parameters, children, hooks.
+
+    Two anatomies are equal when every name is there in both and stands for the same object.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for name, module in model.named_modules():
+        found[name, "class"] = type(module)
+        for key, value in vars(module).items():
+            inner = value.items() if isinstance(value, dict) else ()
+            found[name, key] = tuple((k, Same(v)) for k, v in inner) or Same(value)
+    return found
+
+
+class Same:
+    """Equal when it is the same object; keeps it alive, so that its id is not used again."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and (
+            self.value is other.value or (_plain(self.value) and self.value == other.value)
+        )
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | tuple | dict | None)
