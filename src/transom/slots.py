@@ -371,7 +371,7 @@ class BlockFlow:
                 f"{self.name} was called alone while a method is fitted, so the record of its "
                 "tokens is not known; loop over the stack of blocks itself, or call the model"
             )
-        run = partial(self._run, transom[0], **kwargs)
+        run: Callable[..., Tensor] = partial(self._run, transom[0], **kwargs)
         checkpoint = self.view.checkpoint()
         return run(x, *args) if checkpoint is None else checkpoint(run, x, *args)
 

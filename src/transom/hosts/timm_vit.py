@@ -60,7 +60,7 @@ class TimmAttention:
 class TimmBlock:
     """View of timm's Block."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     def norm1(self, x: Tensor) -> Tensor:
