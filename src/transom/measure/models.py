@@ -1,0 +1,102 @@
+"""Make the model that a name on the command line means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transom.errors import CheckpointError, HostError
+
+
+def create(
+    name: str, *, weights: Path | None = None, pretrained: bool = False, seed: int = 0
+) -> nn.Module:
+    """A model by name, in eval mode.
+
+    Args:
+        name: of a timm model, or the folder or hub name ("org/model") of a Hugging Face model.
+        weights: file with the state dict: safetensors, or a checkpoint that holds tensors only.
+        pretrained: download the weights of a timm model. A Hugging Face model always has its own.
+        seed: of weights that are left random.
+
+    Returns:
+        The model. CLIP-like models with two towers are run on images alone.
+
+    Raises:
+        HostError: no model has this name.
+        CheckpointError: the weights cannot be read, or are not those of this model.
+    """
+    import timm
+
+    torch.manual_seed(seed)
+    folder = Path(name)
+    if timm.is_model(name.split(".")[0]) or name.startswith("hf-hub:"):
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    elif folder.is_dir() or "/" in name:
+        model = _transformers(name)
+    else:
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise HostError(
+            f"there is no timm model {name!r} and no such folder; expected a timm name such as "
+            f"vit_small_patch16_224{f' (near: {close})' if close else ''}, or the folder or hub "
+            "name of a Hugging Face model"
+        )
+    if weights is not None:
+        _load(model, weights)
+    return model.eval()
+
+
+class ImageTower(nn.Module):
+    """A two-tower model run on images alone: its image embeddings."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of images (B, 3, H, W)."""
+        out = self.model.get_image_features(pixel_values=images)
+        return out if isinstance(out, Tensor) else out.pooler_output
+
+
+def _transformers(name: str) -> nn.Module:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise HostError(f"{name!r} is no Hugging Face model: {error}") from error
+    named = (config.architectures or [""])[0]
+    cls = getattr(transformers, named, transformers.AutoModel)
+    model = cls.from_pretrained(name)
+    return ImageTower(model) if hasattr(model, "get_image_features") else model
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as tensors ({error}); expected a safetensors file or a "
+            "checkpoint that loads with weights_only=True"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        first = f"missing {missing[0]!r}" if missing else f"unknown {unexpected[0]!r}"
+        raise CheckpointError(
+            f"{str(path)!r} holds other weights than {type(model).__name__}: {len(missing)} "
+            f"missing and {len(unexpected)} unknown tensors, first {first}"
+        )
