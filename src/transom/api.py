@@ -373,6 +373,11 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
         )
     chosen = _chosen(where, host.depth)
     fills = method.fit(host)
+    for slot in sorted({slot for fill in fills for slot in fill.slots()} & set(host.closed)):
+        raise HostError(
+            f"{method.slug} fills the slot {slot!r}, which is closed in this {host.family}: "
+            f"{host.closed[slot]}"
+        )
     if chosen is not None:
         # outside the chosen blocks nothing is filled, but keys still count by their size
         rest = [Fill(size_bias=fill.size_bias) for fill in fills]
@@ -410,7 +415,13 @@ def _refuse_taken(installation: _Installation, new: Fitting) -> None:
 
 
 def _install(host: Host) -> _Installation:
-    state = StackState(host.prefix, host.grid, follows=host.follows)
+    state = StackState(
+        host.prefix,
+        host.grid,
+        follows=host.follows,
+        parallel=host.parallel,
+        batch_first=host.batch_first,
+    )
     flows = [
         BlockFlow(view, state, i, f"{host.stack_name}.{i}") for i, view in enumerate(host.views)
     ]

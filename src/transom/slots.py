@@ -32,7 +32,8 @@ class Ask:
     """What the flow asks of one attention call, and what it gets back.
 
     Attributes:
-        bias: (B, 1, 1, N) added to the logits of each key; None for none.
+        bias: (B, 1, 1, N) added to the logits of each key, and what the host adds itself; None
+            for none.
         keep: whether q and k are wanted afterwards.
         operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
         moved: whether these are no longer the tokens that the host's own mask was made for.
@@ -41,6 +42,8 @@ class Ask:
         answered: whether the attention took notice.
         q, k: (B, H, N, d) as they entered the attention, if wanted.
         scale: of the logits.
+        share: (H,) part of each head in what leaves the attention, for hosts that subtract heads
+            from each other; None for the same part.
     """
 
     bias: Tensor | None = None
@@ -52,12 +55,33 @@ class Ask:
     q: Tensor | None = None
     k: Tensor | None = None
     scale: float = 1.0
+    share: Tensor | None = None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout: float,
+        scale: float,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Attention over q, k, v (B, H, N, d) as asked; remembers q and k if they are wanted."""
+        """Attention as asked; remembers q and k if they are wanted.
+
+        Args:
+            q, k, v: (B, H, N, d).
+            dropout: probability on the attention weights.
+            scale: of the logits.
+            bias: (B or 1, H, N, N) that the host itself adds to the logits, such as relative
+                positions, for the current tokens.
+
+        Returns:
+            (B, H, N, d).
+        """
         self.answered = True
+        if bias is not None:
+            self.bias = bias if self.bias is None else bias + self.bias
         if self.keep:
             self.q, self.k, self.scale = q, k, scale
         if self.operator is not None:
@@ -78,7 +102,7 @@ class Ask:
     def class_row(self) -> Tensor:
         """(B, N): attention of token 0 to every token, averaged over heads."""
         assert self.q is not None and self.k is not None
-        return attention.row(self.q, self.k, self.bias, self.scale)
+        return attention.row(self.q, self.k, self.bias, self.scale, share=self.share)
 
 
 class TokenStep(Protocol):
@@ -291,6 +315,8 @@ class StackState:
         checked: whether every block looks for values that are not finite.
         reduces: whether any block holds a token step.
         follows: whether the host's positions (rotary, relative) have to follow their tokens.
+        parallel: whether attention and ffn of the host run side by side.
+        batch_first: whether the host's blocks take (B, N, D) and not (N, B, D).
     """
 
     prefix: int
@@ -299,6 +325,8 @@ class StackState:
     checked: bool = False
     reduces: bool = False
     follows: bool = False
+    parallel: bool = False
+    batch_first: bool = True
 
     def layout(self, count: int) -> Layout:
         """Layout of an original sequence of `count` tokens."""
@@ -407,7 +435,8 @@ class BlockFlow:
             if call.restore == "every" and tokens.record is not record:
                 full = restore(x, record, full)  # a token dropped here keeps these features
         x = tokens.x
-        x = x + view.residual2(view.ffn(view.norm2(x)))
+        if not self.state.parallel:
+            x = x + view.residual2(view.ffn(view.norm2(x)))
         call.leave(i, record, Tokens(x, tokens.record))
         return self._shown(call, x, tokens.record, full)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from transom.errors import HostError
 from transom.slots import BlockView
-
 
 
 Reads = Literal["class token", "pooled", "tokens", "maps"]
@@ -70,6 +69,10 @@ class Host:
         example: makes an input (1, ...) for `root`.
         install: family-specific edits beside the block flow.
         follows: whether positions enter each attention and have to follow their tokens.
+        parallel: whether attention and ffn of a block run side by side; a block's token step then
+            comes behind the sum of both.
+        batch_first: whether the blocks take (B, N, D) and not (N, B, D).
+        closed: slots that cannot be filled here, each with the reason.
     """
 
     family: str
@@ -87,6 +90,9 @@ class Host:
     example: Callable[[], Tensor]
     install: Callable[[], Iterable[Change]] = field(default=tuple)
     follows: bool = False
+    parallel: bool = False
+    batch_first: bool = True
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -113,9 +119,7 @@ def parts(module: nn.Module, known: Iterable[str], name: str) -> None:
         )
 
 
-def example_pixels(
-    root: nn.Module, channels: int, size: tuple[int, int], seed: int = 0
-) -> Tensor:
+def example_pixels(root: nn.Module, channels: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """A random image (1, C, H, W) in the dtype and on the device of `root`."""
     parameter = next(root.parameters())
     noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))

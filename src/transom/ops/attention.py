@@ -104,19 +104,28 @@ def attend_folded(
     return out[..., :width]
 
 
-def row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, query: int = 0) -> Tensor:
+def row(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    query: int = 0,
+    share: Tensor | None = None,
+) -> Tensor:
     """Attention probabilities of one query, averaged over heads, from q·Kᵀ of that query only.
 
     Args:
         q, k: (B, H, N, d).
-        bias: (B, 1, 1, N) or None.
+        bias: broadcastable to (B, H, N, N), or None.
         scale: of the logits.
         query: position of the query.
+        share: (H,) weight of each head instead of the average.
 
     Returns:
         (B, N).
     """
     logits = (q[:, :, query : query + 1] @ k.mT) * scale
     if bias is not None:
-        logits = logits + bias
-    return logits.softmax(-1).mean(1)[:, 0]
+        logits = logits + (bias if bias.shape[-2] == 1 else bias[:, :, query : query + 1])
+    probs = logits.softmax(-1)[:, :, 0]  # (B, H, N)
+    return probs.mean(1) if share is None else (probs * share[:, None]).sum(1)
