@@ -195,12 +195,15 @@ def fittings(model: nn.Module) -> tuple[Fitting, ...]:
 class Adjustment(contextlib.AbstractContextManager["Adjustment"]):
     """Returned by :func:`adjust`; leaving it as a context puts the settings back."""
 
-    def __init__(self, installation: _Installation, place: int, before: Fitting) -> None:
-        self._installation, self._place, self._before = installation, place, before
+    def __init__(self, installation: _Installation, before: Fitting) -> None:
+        self._installation, self._before = installation, before
 
     def __exit__(self, *exc: object) -> None:
-        self._installation.fittings[self._place] = self._before
-        self._installation.refresh()
+        fittings = self._installation.fittings
+        for i, fitting in enumerate(fittings):  # it may have moved or gone meanwhile
+            if fitting.slug == self._before.slug:
+                fittings[i] = self._before
+                self._installation.refresh()
 
 
 def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjustment:
@@ -239,7 +242,7 @@ def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjust
         before.host, changed, before.where, before.restore
     )
     installation.refresh()
-    return Adjustment(installation, places[0], before)
+    return Adjustment(installation, before)
 
 
 @contextlib.contextmanager
