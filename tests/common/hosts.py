@@ -90,12 +90,11 @@ def hf(model: str, config: str, **changes: Any) -> nn.Module:
         "patch_size": PATCH,
         "num_labels": 10,
         "projection_dim": 16,
-        **changes,
     }
     known = getattr(transformers, config)
     names = {*inspect.signature(known).parameters, "num_labels"}
-    own = known(**{name: value for name, value in settings.items() if name in names})
-    return randomised(getattr(transformers, model)(own))
+    own = {name: value for name, value in settings.items() if name in names}
+    return randomised(getattr(transformers, model)(known(**{**own, **changes})))
 
 
 def hf_clip(**changes: Any) -> nn.Module:

@@ -45,8 +45,11 @@ def test_deepcopy(method: str, host: str) -> None:
 @pytest.mark.parametrize(("method", "host"), SOME)
 @torch.no_grad()
 def test_pickle(method: str, host: str) -> None:
-    # never called: at their first call some transformers models hang local functions on themselves
-    model, x = fitted(HOSTS[host](), method, check=False), images(host)
+    try:
+        pickle.dumps(HOSTS[host]())
+    except AttributeError as error:
+        pytest.skip(f"the plain host cannot be pickled: {error}")
+    model, x = fitted(HOSTS[host](), method), images(host)
     double = pickle.loads(pickle.dumps(model))  # noqa: S301 (our own bytes)
     assert same(call(double, x), call(model, x))
     transom.remove(double)
