@@ -117,7 +117,9 @@ class Comparison:
         if self.skipped_images:
             names = ", ".join(name for name, _ in self.skipped_images[:3])
             more = ", …" if len(self.skipped_images) > 3 else ""
-            parts.append(f"{len(self.skipped_images)} unreadable images skipped: {names}{more}")
+            parts.append(
+                f"images skipped as unreadable: {len(self.skipped_images)} ({names}{more})"
+            )
         if self.interrupted:
             parts.append("interrupted: not every row was measured")
         return "\n".join(parts)

@@ -23,7 +23,7 @@ def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
         k: How many of the largest logits count.
 
     Returns:
-        (B,) float32.
+        (B,) float64.
 
     Raises:
         DataError: If the shapes do not fit or a label lies outside the classes.
@@ -35,7 +35,7 @@ def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
         )
     check_labels(labels, logits.shape[1])
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (B, k)
-    return (best == labels.to(best)[:, None]).any(1).float()
+    return (best == labels.to(best)[:, None]).any(1).double()
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -60,11 +60,11 @@ def agreement(logits: Tensor, plain: Tensor) -> Tensor:
         plain: The plain model's, of the same shape.
 
     Returns:
-        (B,) float32.
+        (B,) float64.
     """
     _same_shape(logits, plain)
     same = logits.argmax(1) == plain.to(logits.device).argmax(1)
-    return same.reshape(len(logits), -1).float().mean(1)
+    return same.reshape(len(logits), -1).double().mean(1)
 
 
 def cosine(features: Tensor, plain: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ def cosine(features: Tensor, plain: Tensor) -> Tensor:
         plain: (B, ...) of the same shape.
 
     Returns:
-        (B,) float32 in [-1, 1]; 0 where either is all zeros.
+        (B,) float64 in [-1, 1]; 0 where either is all zeros.
     """
     a, b = _flat(features, plain)
-    return torch.nn.functional.cosine_similarity(a, b, dim=1).float()
+    return torch.nn.functional.cosine_similarity(a, b, dim=1).double()
 
 
 def correlation(maps: Tensor, plain: Tensor) -> Tensor:
@@ -89,14 +89,14 @@ def correlation(maps: Tensor, plain: Tensor) -> Tensor:
         plain: (B, ...) of the same shape.
 
     Returns:
-        (B,) float32 in [-1, 1]; where a map is constant: 1 if both are equal, else 0.
+        (B,) float64 in [-1, 1]; where a map is constant: 1 if both are equal, else 0.
     """
     a, b = _flat(maps, plain)
     equal = (a == b).all(1)
     a = a - a.mean(1, keepdim=True)
     b = b - b.mean(1, keepdim=True)
     value = torch.nn.functional.cosine_similarity(a, b, dim=1)
-    return torch.where(equal, torch.ones_like(value), value).float()
+    return torch.where(equal, torch.ones_like(value), value).double()
 
 
 def mean_absolute_difference(maps: Tensor, plain: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ def mean_absolute_difference(maps: Tensor, plain: Tensor) -> Tensor:
         plain: (B, ...) of the same shape.
 
     Returns:
-        (B,) float32.
+        (B,) float64.
     """
     a, b = _flat(maps, plain)
-    return (a - b).abs().mean(1).float()
+    return (a - b).abs().mean(1).double()
 
 
 def kl(logits: Tensor, plain: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def kl(logits: Tensor, plain: Tensor) -> Tensor:
         plain: (B, C), of the plain model.
 
     Returns:
-        (B,) float32, ≥ 0 up to rounding.
+        (B,) float64, ≥ 0 up to rounding.
     """
     q, p = _flat(logits, plain)
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).float()
+    return (log_p.exp() * (log_p - log_q)).sum(1).double()
 
 
 def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
