@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +147,15 @@ class Fill:
 
 
 class BlockView(Protocol):
-    """One block of a host as its adapter sees it."""
+    """One block of a host as its adapter sees it.
+
+    Four more parts are optional, for blocks that differ from the pre-norm form:
+
+    - `join1(x, y)`, `join2(x, y)`: how the attention and the ffn branch y meet the stream x, both
+      (B, N, D); x + y by default. A post-norm block normalises here;
+    - `arrive(x)`, `depart(x)`: what the host's loop hands to the block as tokens with the prefix
+      in front (B, N, D), and back as the loop expects it (another order, a tuple); x by default.
+    """
 
     module: nn.Module
 
@@ -266,8 +275,8 @@ class Call:
         patches = layout.count - layout.prefix
         if state.reduces and patches < 2:
             raise TokensError(
-                f"the image gives {patches} patch token(s), but a fitted method needs at least 2 "
-                "to reduce; use a larger image or a smaller patch"
+                f"the input gives {patches} token(s) behind the prefix, but a fitted method needs at "
+                "least 2 to reduce; use a larger image, a smaller patch or a longer text"
             )
         places = torch.arange(layout.count, device=x.device).expand(x.shape[0], -1)
         return Record(
@@ -405,6 +414,10 @@ class BlockFlow:
 
     def _run(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         view, fill, i = self.view, self.fill, self.place
+        join1 = getattr(view, "join1", operator.add)
+        join2 = getattr(view, "join2", operator.add)
+        if hasattr(view, "arrive"):
+            x = view.arrive(x)
         record = call.enter(i, x, lambda: view.valid(*args, **kwargs))
         full = x  # what the host's loop carries, when that is the full sequence
         count = call.counts[i]
@@ -421,7 +434,7 @@ class BlockFlow:
         size = record.size if fill.size_bias else None
         if size is not None or not ask.plain:
             ask.bias = attention.key_bias(size, record.valid, x.dtype)
-        x = x + view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs))
+        x = join1(x, view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs)))
         if not (ask.plain or ask.answered):
             raise HostError(
                 f"the attention of {self.name} did not take notice of what is fitted; its class "
@@ -434,11 +447,13 @@ class BlockFlow:
             tokens = fill.tokens(tokens, ask)
             if call.restore == "every" and tokens.record is not record:
                 full = restore(x, record, full)  # a token dropped here keeps these features
-        x = tokens.x
+        x, left = tokens.x, tokens.record
+        del ask, tokens  # q, k and the longer sequence need not live through the ffn
         if not self.state.parallel:
-            x = x + view.residual2(view.ffn(view.norm2(x)))
-        call.leave(i, record, Tokens(x, tokens.record))
-        return self._shown(call, x, tokens.record, full)
+            x = join2(x, view.residual2(view.ffn(view.norm2(x))))
+        call.leave(i, record, Tokens(x, left))
+        x = self._shown(call, x, left, full)
+        return view.depart(x) if hasattr(view, "depart") else x
 
     def _shown(self, call: Call, x: Tensor, record: Record, full: Tensor) -> Tensor:
         """What the host's loop gets to see of x."""
