@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from transom.errors import HostError
-from transom.hosts import hf_vision, timm_vit
+from transom.hosts import hf_vision, multihead, refused, timm_vit
 from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ADAPTERS = (timm_vit, hf_vision)
+ADAPTERS = (timm_vit, multihead, hf_vision)
 
 
 def find(model: nn.Module) -> Host:
@@ -39,9 +39,11 @@ def find(model: nn.Module) -> Host:
     hosts = [host for adapter in ADAPTERS for host in adapter.find(model)]
     if not hosts:
         raise HostError(
-            f"{type(model).__name__} is not a supported host. Supported are timm VisionTransformer "
-            "with its standard block, and transformers' ViT, DeiT, DINOv2, CLIP vision and SigLIP "
-            "vision models"
+            refused.reason(model)
+            or f"{type(model).__name__} is not a supported host. Supported are timm's "
+            "VisionTransformer and what is built on it, Eva, Beit, Cait, NaFlexVit and relative-"
+            "position ViTs, torchvision's VisionTransformer, the image towers of open_clip and "
+            "CLIP, and transformers' ViT, DeiT, DINOv2, CLIP vision and SigLIP vision models"
         )
     if len(hosts) > 1:
         names = [host.name or type(host.root).__name__ for host in hosts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.errors import HostError
-from transom.slots import BlockView
+from transom.slots import BlockView, RestoringStack
 
 
 Reads = Literal["class token", "pooled", "tokens", "maps"]
@@ -100,18 +101,22 @@ class Host:
         return len(self.views)
 
 
-def parts(module: nn.Module, known: Iterable[str], name: str) -> None:
+def parts(module: nn.Module, known: Iterable[str], name: str, *, parameters: bool = False) -> None:
     """Refuse a module that has children nobody knows.
 
     Args:
         module: whose direct children are looked at.
         known: names of children the adapter understands.
         name: of the module, for the message.
+        parameters: whether parameters of the module itself have to be known as well.
 
     Raises:
         HostError: a child is not known; its name is in the message.
     """
-    unknown = sorted(set(dict(module.named_children())) - set(known))
+    found = {child for child, _ in module.named_children()}
+    if parameters:
+        found |= {own for own, _ in module.named_parameters(recurse=False)}
+    unknown = sorted(found - set(known))
     if unknown:
         raise HostError(
             f"{name} ({type(module).__name__}) has a part {unknown[0]!r} that transom does not "
@@ -124,3 +129,25 @@ def example_pixels(root: nn.Module, channels: int, size: tuple[int, int], seed: 
     parameter = next(root.parameters())
     noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))
     return noise.to(device=parameter.device, dtype=parameter.dtype)
+
+
+class RestoredIntermediates:
+    """forward_intermediates over blocks whose outputs are restored to the grid.
+
+    Attributes:
+        owner: the module that has the method.
+        stack: name of its child that holds the blocks.
+    """
+
+    def __init__(self, owner: nn.Module, stack: str) -> None:
+        self.owner = owner
+        self.stack = stack
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner: Any = self.owner
+        # a shallow view that exists for this call only; the model itself is not touched
+        view = copy.copy(owner)
+        view.__dict__.pop("forward_intermediates")
+        restoring = RestoringStack(getattr(owner, self.stack))
+        view.__dict__["_modules"] = {**owner._modules, self.stack: restoring}
+        return type(owner).forward_intermediates(view, *args, **kwargs)

@@ -1,110 +1,60 @@
-"""timm's VisionTransformer with its standard pre-norm block.
+"""timm's transformers that carry one sequence of tokens from the first block to the last.
 
-Tested with timm 1.0.31. Everything the block and its attention may hold is listed below; a part
-that is not listed is refused by name.
+VisionTransformer and what is built on it, Eva, Beit, VisionTransformerRelPos, NaFlexVit, Cait and
+the encoders of Qwen3 and DeepSeek. Which blocks and attentions they may hold is said in
+:mod:`transom.hosts.timm_blocks` and :mod:`transom.hosts.timm_attention`. Tested with timm 1.0.31.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+import importlib
+from collections.abc import Iterator
+from functools import cache, partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from transom.errors import HostError, TokensError
-from transom.hosts.base import Change, Host, Reads, example_pixels, parts, put
-from transom.slots import Ask, FittedStack, RestoringStack
+from transom.errors import HostError
+from transom.hosts.base import Change, Host, Reads, RestoredIntermediates, example_pixels, put
+from transom.hosts.timm_attention import Rotary
+from transom.hosts.timm_blocks import TimmBlock, view_of
+from transom.slots import FittedStack
 
-BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-ATTENTION = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+FAMILIES = (
+    ("vision_transformer", "VisionTransformer"),
+    ("eva", "Eva"),
+    ("beit", "Beit"),
+    ("vision_transformer_relpos", "VisionTransformerRelPos"),
+    ("naflexvit", "NaFlexVit"),
+    ("cait", "Cait"),
+    ("qwen3_vit", "Qwen3VitEncoder"),
+    ("deepseek_vit", "DeepseekVitEncoder"),
+)
+# These lay their tokens out on a grid again, whatever is made of them then.
+SHOWS_TOKENS = ("NaFlexVit", "Qwen3VitEncoder", "DeepseekVitEncoder")
 
-
-class TimmAttention:
-    """Forward of timm's Attention that answers an :class:`~transom.slots.Ask`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        transom: Ask | None = None,
-    ) -> Tensor:
-        m: Any = self.module
-        if transom is None or transom.plain:
-            return type(m).forward(m, x, attn_mask=attn_mask, is_causal=is_causal)
-        if attn_mask is not None or is_causal:
-            raise TokensError(
-                "this call has an attention mask, but a fitted method reduces or reweights the "
-                "tokens the mask was made for; call the model without a mask, or remove the method"
-            )
-        batch, count, _ = x.shape
-        gate = getattr(m, "gate", None)
-        opened = None if gate is None else gate(x).sigmoid()
-        qkv = m.qkv(x).reshape(batch, count, 3, m.num_heads, m.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, H, N, d)
-        q, k = m.q_norm(q), m.k_norm(k)
-        dropout = m.attn_drop.p if m.training else 0.0
-        out = transom.attend(q, k, v, dropout=dropout, scale=m.scale)
-        out = out.transpose(1, 2).reshape(batch, count, -1)
-        out = m.norm(out)
-        if opened is not None:
-            out = out * opened
-        return m.proj_drop(m.proj(out))
+CLOSED = {
+    "TalkingHeadAttn": {
+        "attention": "its heads are mixed before and behind the softmax (talking heads), which an "
+        "attention operator over q, k and v cannot do"
+    },
+}
 
 
-class TimmBlock:
-    """View of timm's Block."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def norm1(self, x: Tensor) -> Tensor:
-        return self.module.norm1(x)
-
-    def attend(self, h: Tensor, ask: Ask, **kwargs: Any) -> Tensor:
-        return self.module.attn(h, transom=ask, **kwargs)
-
-    def residual1(self, y: Tensor) -> Tensor:
-        return self.module.drop_path1(self.module.ls1(y))
-
-    def norm2(self, x: Tensor) -> Tensor:
-        return self.module.norm2(x)
-
-    def ffn(self, h: Tensor) -> Tensor:
-        return self.module.mlp(h)
-
-    def residual2(self, y: Tensor) -> Tensor:
-        return self.module.drop_path2(self.module.ls2(y))
-
-    def valid(self, **kwargs: Any) -> None:
-        return None  # timm's masks relate pairs of tokens; TimmAttention refuses them
-
-    def checkpoint(self) -> Callable[..., Any] | None:
-        return None  # timm checkpoints in the loop around its blocks
-
-
-class RestoredIntermediates:
-    """forward_intermediates over blocks whose outputs are restored to the grid."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        root: Any = self.root
-        # a shallow view that exists for this call only; the model itself is not touched
-        view = copy.copy(root)
-        view.__dict__.pop("forward_intermediates")
-        view.__dict__["_modules"] = {**root._modules, "blocks": RestoringStack(root.blocks)}
-        return type(root).forward_intermediates(view, *args, **kwargs)
+@cache
+def _classes() -> dict[type[nn.Module], str]:
+    """The classes of FAMILIES that the installed timm has."""
+    found = {}
+    for module, name in FAMILIES:
+        try:
+            found[getattr(importlib.import_module(f"timm.models.{module}"), name)] = name
+        except (ImportError, AttributeError):
+            continue  # an earlier timm has fewer of them
+    return found
 
 
 def find(model: nn.Module) -> Iterator[Host]:
-    """Every timm VisionTransformer in `model`.
+    """Every such transformer of timm in `model`.
 
     Args:
         model: any module.
@@ -113,70 +63,121 @@ def find(model: nn.Module) -> Iterator[Host]:
         A host for each.
 
     Raises:
-        HostError: such a model holds a part that is not known.
+        HostError: one of them holds a part that is not known.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
+    classes = _classes()
     for name, module in model.named_modules():
-        if isinstance(module, VisionTransformer):
-            yield _host(module, name)
+        family = next((f for cls, f in classes.items() if isinstance(module, cls)), None)
+        if family is not None:
+            yield _host(module, name, family)
 
 
-def _host(root: Any, name: str) -> Host:
-    if not isinstance(root.blocks, nn.Sequential | FittedStack) or not len(root.blocks):
+def _host(root: Any, name: str, family: str) -> Host:
+    if not isinstance(root.blocks, nn.Sequential | nn.ModuleList | FittedStack) or not len(
+        root.blocks
+    ):
         raise HostError(
             f"{type(root).__name__}.blocks is a {type(root.blocks).__name__} of "
             f"{len(root.blocks)} blocks; expected a non-empty nn.Sequential of timm blocks"
         )
-    views = []
-    for i, block in enumerate(root.blocks._modules.values()):
-        _check_block(block, f"blocks.{i}")
-        views.append(TimmBlock(block))
-    reads: Reads = "pooled" if root.attn_pool is not None else "class token"
-    if root.attn_pool is None and root.global_pool != "token":
-        reads = "pooled" if root.global_pool else "tokens"
+    views = [view_of(block, f"blocks.{i}") for i, block in enumerate(_blocks(root))]
+    side_by_side = {view.parallel for view in views}
+    if len(side_by_side) > 1:
+        raise HostError(
+            f"{type(root).__name__}.blocks mixes blocks with attention and ffn side by side and "
+            "others; expected one kind"
+        )
+    # Cait's class token joins behind the blocks
+    inside = family != "Cait"
     cfg = getattr(root, "pretrained_cfg", None) or {}
-    size = tuple(root.patch_embed.img_size or (224, 224))
-    grid = root.patch_embed.grid_size
+    size, grid = _sizes(root)
+    attentions = {type(answer.module).__name__ for view in views for answer in view.answers}
 
     return Host(
-        family="timm VisionTransformer",
+        family=f"timm {family}",
         root=root,
         name=name,
         stack=root.blocks,
         stack_name="blocks",
         views=list(views),
         width=root.embed_dim,
-        prefix=root.num_prefix_tokens,
-        class_token=root.cls_token is not None,
-        grid=None if grid is None else (int(grid[0]), int(grid[1])),
-        reads=reads,
+        prefix=root.num_prefix_tokens if inside else 0,
+        class_token=inside and _has_class_token(root),
+        grid=grid,
+        reads=_reads(root, family),
         architecture=str(cfg.get("architecture", "") or ""),
-        example=partial(example_pixels, root, root.patch_embed.proj.in_channels, size),
-        install=partial(_install, root),
+        example=partial(example_pixels, root, _channels(root), size),
+        install=partial(_install, root, views),
+        follows=_follows(root, views),
+        parallel=side_by_side.pop(),
+        closed={k: v for a in attentions for k, v in CLOSED.get(a, {}).items()},
     )
 
 
-def _install(root: Any) -> Iterator[Change]:
+def _blocks(root: Any) -> Iterator[nn.Module]:
     for block in root.blocks._modules.values():
-        yield put(block.attn, "forward", TimmAttention(block.attn))
-    yield put(root, "forward_intermediates", RestoredIntermediates(root))
+        assert block is not None
+        yield block
 
 
-def _check_block(block: Any, name: str) -> None:
-    if type(block).__name__ != "Block" or not all(hasattr(block, part) for part in BLOCK):
-        raise HostError(
-            f"{name} is a {type(block).__name__}; of timm's blocks transom fits the standard "
-            f"pre-norm Block with the parts {list(BLOCK)}. res-post-norm, parallel and other "
-            "blocks are not supported yet"
-        )
-    parts(block, BLOCK, name)
-    attn = block.attn
-    needed = ("qkv", "q_norm", "k_norm", "norm", "proj", "num_heads", "head_dim", "scale")
-    if type(attn).__name__ != "Attention" or not all(hasattr(attn, part) for part in needed):
-        raise HostError(
-            f"{name}.attn is a {type(attn).__name__}; expected timm's Attention with a fused qkv "
-            "projection. Rotary, relative-position and differential attention are not supported "
-            "yet"
-        )
-    parts(attn, ATTENTION, f"{name}.attn")
+def _has_class_token(root: Any) -> bool:
+    if hasattr(root, "has_class_token"):
+        return bool(root.has_class_token)
+    return getattr(root, "cls_token", None) is not None
+
+
+def _reads(root: Any, family: str) -> Reads:
+    if family == "Cait":
+        return "pooled" if root.global_pool else "tokens"  # by its class attention
+    pool = getattr(root, "attn_pool", None)
+    if pool is None and root.global_pool == "token":
+        return "class token"
+    if family in SHOWS_TOKENS or (pool is None and not root.global_pool):
+        return "tokens"
+    return "pooled"
+
+
+def _sizes(root: Any) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Size of the images and of the grid the model was built for."""
+    embed = getattr(root, "patch_embed", None)
+    if embed is not None:
+        size, grid = tuple(embed.img_size or (224, 224)), embed.grid_size
+        return size, None if grid is None else (int(grid[0]), int(grid[1]))
+    # NaFlexVit takes any size; the one of its position embeddings is as good as another
+    patch, grid = root.embeds.patch_size, root.embeds.pos_embed_grid_size or (4, 4)
+    return (patch[0] * grid[0], patch[1] * grid[1]), (int(grid[0]), int(grid[1]))
+
+
+def _channels(root: Any) -> int:
+    channels = getattr(root, "in_chans", None)
+    if channels is None:
+        convs = (m for m in root.patch_embed.modules() if isinstance(m, nn.Conv2d))
+        channels = next(convs).in_channels
+    return int(channels)
+
+
+def _follows(root: Any, views: list[TimmBlock]) -> bool:
+    if getattr(root, "rope", None) is not None:
+        return True
+    shared = (getattr(root, name, None) for name in ("shared_rel_pos", "rel_pos_bias"))
+    own = (
+        getattr(answer.module, name, None)
+        for view in views
+        for answer in view.answers
+        if not isinstance(answer, Rotary)
+        for name in ("rel_pos", "relative_position_bias_table")
+    )
+    return any(part is not None for part in (*shared, *own))
+
+
+def _install(root: Any, views: list[TimmBlock]) -> Iterator[Change]:
+    for view in views:
+        for answer in view.answers:
+            if "forward" in answer.module.__dict__:
+                raise HostError(
+                    f"an attention ({type(answer.module).__name__}) has a forward of its own put "
+                    "over it; remove that first, transom would switch it off"
+                )
+            yield put(answer.module, "forward", answer)
+    if hasattr(type(root), "forward_intermediates"):
+        yield put(root, "forward_intermediates", RestoredIntermediates(root, "blocks"))
