@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,9 +58,13 @@ def has_code(path: Path) -> bool:
     return any(not block.skip for block in blocks(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PAGES if has_code(path)], ids=lambda path: str(path.relative_to(ROOT))
-)
+def page(path: Path) -> Any:
+    measures = "transom.compare(" in path.read_text(encoding="utf-8")
+    marks = [pytest.mark.slow] if measures else []
+    return pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks)
+
+
+@pytest.mark.parametrize("path", [page(path) for path in PAGES if has_code(path)])
 def test_python_of_the_page_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

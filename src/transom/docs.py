@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from transom import registry
+from transom import hosts, registry
 from transom.cards import Card, Code, load_cards
 from transom.errors import TransomError
 
@@ -206,11 +206,27 @@ def _baselines() -> list[str]:
     return _table(["slug", "what it does"], rows)
 
 
+def _hosts() -> list[str]:
+    rows = []
+    for adapter in hosts.ADAPTERS:
+        first, _, rest = inspect.cleandoc(adapter.__doc__ or "").partition("\n\n")
+        second = re.split(r"(?<=\.)\s", rest)[0]
+        rows.append((f"`{adapter.__name__}`", f"{first} {second}".replace("\n", " ").strip()))
+    return _table(["adapter", "models"], rows)
+
+
+def _host_fields() -> list[str]:
+    rows = [(f"`{name}`", says) for name, says in _meanings(hosts.Host).items()]
+    return _table(["field", "what it is"], rows)
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
     "papers-in": _papers_in,
     "papers-coming": _papers_coming,
     "papers-count": _papers_count,
     "baselines": _baselines,
+    "hosts": _hosts,
+    "host-fields": _host_fields,
 }
 
 
