@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import transom
@@ -148,6 +149,67 @@ def compare(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Option(help="As in compare.")],
+    to: Annotated[str, typer.Option(help="onnx or pt2.")],
+    method: Annotated[
+        str | None, typer.Option(help="Slug with settings, for example 'tome:r=8'.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File; named after model and method.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors file, or a checkpoint of tensors only.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="Download the weights that go with the model's name.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a call of the file.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Write a fitted model as ONNX or PyTorch program, check it, and time it beside the plain one.
+
+    The file is run on a random image; it is kept only if its outputs are those of the model.
+    """
+    import tempfile
+
+    import torch
+
+    from transom.export import export as run
+    from transom.measure.cost import interleaved
+    from transom.measure.models import create
+    from transom.measure.preprocessing import preprocessing_of
+
+    _threads(threads)
+    built = create(model, weights=weights, pretrained=pretrained)
+    size = preprocessing_of(built).size
+    example = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
+    parsed = parse_methods(method) or []
+    if len(parsed) > 1:
+        raise SettingsError(f"--method names {len(parsed)} methods; expected one")
+    slug: str = "none"
+    settings: dict[str, Any] = {}
+    if parsed:
+        slug, settings = (parsed[0], {}) if isinstance(parsed[0], str) else parsed[0]
+    path = out or Path(f"{Path(model).name}-{slug}.{to}")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = run(built, Path(folder) / f"plain.{to}", example, to=to)  # type: ignore[arg-type]
+        transom.apply(built, slug, **settings)
+        done = run(built, path, example, to=to)  # type: ignore[arg-type]
+        times = interleaved({"plain": plain.run, "fitted": done.run}, rounds=20, warmup=2)
+    console.print(
+        f"{done.path}: largest difference to the model {done.difference:.2g} "
+        f"(outputs reach {done.scale:.2g})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    fitted, before = times["fitted"].median_ms, times["plain"].median_ms
+    console.print(
+        f"{fitted:.1f} ms a call of {batch_size}, the plain model exported the same way "
+        f"{before:.1f} ms: {before / fitted:.2f}x",
+        highlight=False,
+    )
+
+
+@app.command()
 def papers(
     words: Annotated[
         list[str] | None,
@@ -270,24 +332,23 @@ class _Progress:
         self.bar.stop()
 
     def __call__(self, row: Any, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total, description=row.label)
+        name = f"{row.method} {row.label}"
+        self.bar.update(self.task, completed=done, total=total, description=name)
         if not errors.is_terminal:
-            errors.print(f"[{done}/{total}] {row.label}", highlight=False)
+            errors.print(f"{done}/{total} {name}", highlight=False)
 
 
 def _finish(comparison: Any, out: Path) -> None:
     """Print the table and write it; the report itself was written by whoever knows its pictures."""
-    console.print(comparison.table())
-    for name, reason in comparison.skipped:
-        console.print(f"not measured: {name}: {reason}", style="yellow", highlight=False)
-    console.print(comparison.caption(), style="dim", highlight=False)
+    # a table squeezed into fewer columns shows nothing; a narrow terminal may wrap its lines
+    Console(width=max(120, console.width)).print(comparison.table())
     out.mkdir(parents=True, exist_ok=True)
     comparison.to_json(out / "result.json")
     comparison.to_csv(out / "result.csv")
     if comparison.interrupted:
         console.print(f"interrupted; the finished rows are in {out}", style="yellow")
         raise typer.Exit(130)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _threads(count: int | None) -> None:
@@ -310,7 +371,7 @@ def main() -> None:
         errors.print("interrupted", style="yellow")
         sys.exit(130)
     except TransomError as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         import click

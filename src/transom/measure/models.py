@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def create(
     elif folder.is_dir() or "/" in name:
         model = _transformers(name)
     else:
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
         raise HostError(
             f"there is no timm model {name!r} and no such folder; expected a timm name such as "
             f"vit_small_patch16_224{f' (near: {close})' if close else ''}, or the folder or hub "
