@@ -17,7 +17,8 @@ from transom import hosts, registry
 from transom.errors import CheckpointError, FitError, HostError, SettingsError
 from transom.hosts import Change, Host
 from transom.registry import Method
-from transom.slots import BlockFlow, Fill, FittedStack, Restore, StackState, Trace, tracing
+from transom.slots import Ask, BlockFlow, Fill, FittedStack, Restore, StackState, Trace, tracing
+from transom.tokens import Tokens
 
 Where = int | slice | Sequence[int] | None
 
@@ -70,7 +71,10 @@ class _Installation:
             fills = [a.joined(b) for a, b in zip(fills, fitting.fills, strict=True)]
         for flow, fill in zip(self.flows, fills, strict=True):
             flow.fill = fill
-        self.state.reduces = any(fill.tokens is not None for fill in fills)
+        # a text may be too short to lose a token, an image may not
+        self.state.reduces = self.host.modality != "text" and any(
+            fill.tokens is not None for fill in fills
+        )
         self.state.restore = self._restore(fills)
 
     def _restore(self, fills: list[Fill]) -> Restore:
@@ -109,8 +113,8 @@ def apply(
             features they last had. By default the host decides: never where only the class token
             is read, at the end where tokens are averaged or returned, after every block where
             they are used as maps.
-        check: run one small input through the model before and after the neutral fitting and
-            refuse the host if the outputs differ.
+        check: run one small input through the model before and after the neutral fitting, and
+            once with its tokens in another order, and refuse the host if the outputs differ.
         checked: look for NaN and infinity before every reduction (slower).
         **settings: hyperparameters of the method.
 
@@ -147,7 +151,7 @@ def apply(
     installation = _install(host)
     try:
         if expected is not None:
-            _compare(host, expected, _example_output(host))
+            _verify(installation, expected)
         installation.fittings.append(fitting)
         _add_modules(installation, fitting)
     except BaseException:
@@ -495,9 +499,19 @@ def _example_output(host: Host) -> list[Tensor]:
     training = host.root.training
     modes = {module: module.training for module in host.root.modules()} if training else {}
     host.root.eval()
+    example = host.example()
     try:
         with torch.no_grad():
-            return _tensors(host.root(host.example()))
+            if isinstance(example, Mapping):
+                return _tensors(host.root(**example))
+            return _tensors(host.root(example))
+    except HostError:
+        raise
+    except Exception as error:
+        raise HostError(
+            f"this {host.family} ({type(host.root).__name__}) does not run on the example that "
+            f"apply tests it with: {error}. Nothing was fitted; check=False skips the test"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -511,12 +525,46 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for part in parts if part is not None for t in _tensors(part)]
 
 
-def _compare(host: Host, expected: list[Tensor], got: list[Tensor]) -> None:
-    for a, b in zip(expected, got, strict=True):
+@dataclass(frozen=True)
+class _Reverse:
+    """Token step that loses nothing: the same tokens in another order."""
+
+    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        order = torch.arange(tokens.count, device=tokens.x.device)
+        order[tokens.prefix :] = order[tokens.prefix :].flip(0)
+        return tokens.keep(order.expand(len(tokens.x), -1))
+
+
+def _verify(installation: _Installation, expected: list[Tensor]) -> None:
+    """Hold a fitted host against its plain output, once untouched and once out of order.
+
+    Attention does not care for the order of its tokens as long as positions and masks go with
+    them, so the second test shows whatever would not follow a reduction.
+    """
+    host = installation.host
+    installation.refresh()
+    for a, b in zip(expected, _example_output(host), strict=True):
         tolerance = 32 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0
         if a.shape != b.shape or not torch.allclose(a, b, tolerance, tolerance, equal_nan=True):
             raise HostError(
                 f"the neutral fitting of this {host.family} ({type(host.root).__name__}) changes "
                 "its output, so its blocks are not what they look like; nothing was fitted. "
                 "Please report the model; check=False skips this test"
+            )
+    if "tokens" in host.closed:
+        return
+    installation.flows[0].fill = Fill(tokens=_Reverse(), drops=True)
+    installation.state.restore = "every"
+    got = _example_output(host)
+    for a, b in zip(expected, got, strict=True):
+        if not a.is_floating_point() or not a.isfinite().all():
+            continue
+        # sums in another order differ by rounding, and by much more if something did not follow
+        limit = torch.finfo(a.dtype).eps ** 0.5
+        if a.shape != b.shape or (a - b).double().norm() > limit * (1e-3 + a.double().norm()):
+            raise HostError(
+                f"the output of this {host.family} ({type(host.root).__name__}) depends on the "
+                "order in which its tokens stand, so some position or mask does not follow them "
+                "and a reduction would be wrong; nothing was fitted. Please report the model; "
+                "check=False skips this test"
             )

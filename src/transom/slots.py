@@ -275,8 +275,8 @@ class Call:
         patches = layout.count - layout.prefix
         if state.reduces and patches < 2:
             raise TokensError(
-                f"the input gives {patches} token(s) behind the prefix, but a fitted method needs at "
-                "least 2 to reduce; use a larger image, a smaller patch or a longer text"
+                f"the input gives {patches} token(s) behind the prefix, but a fitted method needs "
+                "at least 2 to reduce; use a larger image or a smaller patch"
             )
         places = torch.arange(layout.count, device=x.device).expand(x.shape[0], -1)
         return Record(

@@ -117,8 +117,15 @@ class Tokens:
         Returns:
             The tokens that stay, in the order of `matching.keep`.
         """
-        x = merging.merge(self.x, matching, "mean", self.size if weighted else None)
-        return self._after(x, matching, merging.merged_size(self.size, matching, torch.float32))
+        size, valid = self.size, self.record.valid
+        weight = size if weighted else None
+        if valid is not None:
+            # padding stands for nothing and weighs next to nothing: a group of padding has a mean
+            one = valid.to(torch.float32)[..., None]
+            weight = (one if weight is None else weight * one).clamp(min=1e-30)
+            size = one if size is None else size * one
+        x = merging.merge(self.x, matching, "mean", weight)
+        return self._after(x, matching, merging.merged_size(size, matching, torch.float32))
 
     def keep(self, index: Tensor) -> Tokens:
         """Only the tokens at `index` (B, K) stay, in that order; the others are dropped."""

@@ -15,6 +15,7 @@ from transom.slots import BlockView, RestoringStack
 
 
 Reads = Literal["class token", "pooled", "tokens", "maps"]
+Modality = Literal["image", "video", "audio", "text"]
 
 
 @dataclass
@@ -67,13 +68,14 @@ class Host:
             patches are "pooled", the "tokens" themselves are shown, or the features between the
             blocks are used as "maps".
         architecture: the host's own name, e.g. of the timm model; "" when unknown.
-        example: makes an input (1, ...) for `root`.
+        example: makes an input for `root`: one tensor (1, ...), or its arguments by name.
         install: family-specific edits beside the block flow.
         follows: whether positions enter each attention and have to follow their tokens.
         parallel: whether attention and ffn of a block run side by side; a block's token step then
             comes behind the sum of both.
         batch_first: whether the blocks take (B, N, D) and not (N, B, D).
         closed: slots that cannot be filled here, each with the reason.
+        modality: what the tokens are pieces of.
     """
 
     family: str
@@ -88,12 +90,13 @@ class Host:
     grid: tuple[int, int] | None
     reads: Reads
     architecture: str
-    example: Callable[[], Tensor]
+    example: Callable[[], Tensor | Mapping[str, Tensor]]
     install: Callable[[], Iterable[Change]] = field(default=tuple)
     follows: bool = False
     parallel: bool = False
     batch_first: bool = True
     closed: Mapping[str, str] = field(default_factory=dict)
+    modality: Modality = "image"
 
     @property
     def depth(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     if bias is not None:
         logits = logits + bias
     return logits.softmax(-1) @ v
+
+
+def groups(matching: Matching, item: int) -> list[tuple[int, ...]]:
+    """Of one batch item: each new token as its old position, then the sorted ones it took in."""
+    keep, source, into = (part[item].tolist() for part in matching)
+    members: dict[int, list[int]] = {new: [] for new in range(len(keep))}
+    for old, new in zip(source, into, strict=True):
+        members[new].append(old)
+    return [(keep[new], *sorted(old)) for new, old in members.items()]
+
+
+def alone(
+    match: Callable[[Tensor], Matching], metric: Tensor, valid: Tensor
+) -> list[list[tuple[int, ...]]]:
+    """Twin of :mod:`transom.ops.padded`: match the real tokens (B, N, c) of each item by itself."""
+    found = []
+    for item, real in zip(metric, valid, strict=True):
+        places = real.nonzero()[:, 0]
+        one = groups(match(item[None, places]), 0)
+        found.append([tuple(int(places[old]) for old in group) for group in one])
+    return found

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
+from transom.ops import padded
 from transom.registry import Method
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
@@ -39,12 +41,31 @@ class KeepRandom:
         k = math.ceil(self.keep_rate * total) if self.count is None else self.count - tokens.prefix
         if k >= total:
             return tokens
+        valid = tokens.record.valid
+        if valid is not None:
+            return tokens.keep(self._padded(valid, tokens.prefix, k))
         order = shuffled(total, self.seed)
         stay = sorted(order[:k])
         index = torch.tensor(
             [*range(tokens.prefix), *(i + tokens.prefix for i in stay)], device=tokens.x.device
         )
         return tokens.keep(index.expand(tokens.x.shape[0], -1))
+
+    def _padded(self, valid: Tensor, prefix: int, k: int) -> Tensor:
+        """The same draw for each item of a padded batch as for that item alone."""
+        behind = valid[:, prefix:]
+        score = torch.zeros(behind.shape)
+        kept = []
+        for item, real in enumerate(behind.cpu()):
+            places = real.nonzero()[:, 0]
+            order = shuffled(len(places), self.seed)
+            kept.append(
+                min(math.ceil(self.keep_rate * len(order)) if self.count is None else k, len(order))
+            )
+            score[item, places[order]] = -torch.arange(len(order), dtype=torch.float32)
+        stay = torch.tensor(kept, device=valid.device)
+        index, _, _ = padded.highest(score.to(valid.device), valid, stay, k, prefix)
+        return index.sort(-1).values
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
-from transom.ops import matching, rows
+from transom.ops import matching, padded, rows
 from transom.registry import Method
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
@@ -55,15 +56,25 @@ class KeepAttended:
             return tokens
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.fuse):
             attention = attended.class_row()[:, prefix:]  # (B, T)
-        order = matching.descending(attention.detach())
-        front = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
-        stay = torch.cat([front, order[:, :k] + prefix], 1)
+        stay, rest, lead = self._chosen(attention.detach(), tokens.record.valid, k, prefix)
         if not self.fuse:
             return tokens.keep(stay)
-        rest = order[:, k:].sort(-1).values
-        weight = attention.gather(1, rest)[:, None]  # (B, 1, R)
-        fused = weight @ rows.take(tokens.x, rest + prefix)
-        return tokens.fuse(stay, rest + prefix, fused, lead=order[:, k : k + 1] + prefix)
+        weight = attention.gather(1, rest - prefix)[:, None]  # (B, 1, R)
+        return tokens.fuse(stay, rest, weight @ rows.take(tokens.x, rest), lead)
+
+    def _chosen(
+        self, attention: Tensor, valid: Tensor | None, k: int, prefix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions that stay, positions of the others, and the best of the others."""
+        if valid is not None:
+            amount = valid[:, prefix:].sum(-1)
+            some = (amount.double() * self.keep_rate).ceil().long()
+            some = some if self.tokens is None else amount.clamp(max=k)
+            return padded.highest(attention, valid, some, k, prefix)
+        order = matching.descending(attention)
+        front = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
+        stay = torch.cat([front, order[:, :k] + prefix], 1)
+        return stay, order[:, k:].sort(-1).values + prefix, order[:, k : k + 1] + prefix
 
 
 def kept(count: int, keep_rate: float, tokens: int | None = None) -> int:

@@ -24,16 +24,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
-from transom.ops import matching
+from transom.ops import matching, padded
 from transom.registry import Method
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
-Kind = Literal["pitome", "bipartite"]
+Kind = Literal["pitome", "bipartite", "text"]
 
 # Margin of block l of L: start - slope·l/L, by kind of host (released patches).
 MARGINS = {
@@ -45,6 +45,8 @@ MARGINS = {
     "blip2": (0.75, 0.4),
     "text": (0.9, 0.25),
 }
+TEXT_BLOCKS = 3
+"""Blocks that merge on a text encoder, counted from the first (released BERT patch)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class MergeByEnergy:
 
     ratio: float
     margin: float
-    kind: Literal["pitome", "bipartite", "text"]
+    kind: Kind
     metric: Literal["key", "feature"]
     alpha: float
     prune: bool
@@ -72,7 +74,13 @@ class MergeByEnergy:
         if not r:
             return tokens
         metric = attended.key if self.metric == "key" else tokens.x.detach()
-        found = match(metric, r, tokens.prefix, self.margin, self.kind, self.alpha)
+        valid = tokens.record.valid
+        if valid is None:
+            found = match(metric, r, tokens.prefix, self.margin, self.kind, self.alpha)
+        else:
+            found = padded.by_energy(
+                metric, valid, self.ratio, self.margin, self.kind, tokens.prefix, self.alpha
+            )
         if self.prune:
             return tokens.keep(found.keep)
         return tokens.merge(found, weighted=self.kind != "text")
@@ -116,8 +124,9 @@ class PiToMe(Method):
         ratio: of patch tokens that stay in each block, from 0.5 to 1.
         margin: a number, one number a block, the name of a kind of host (see MARGINS), or "auto":
             the kind of this host (DeiT and MAE 0.75, others 0.9, falling linearly with depth).
-        matching: "pitome", "bipartite", one of them a block, or "auto": as released for this kind
-            of host (DeiT: bipartite in the first half; MAE: in the second half; others: pitome).
+        matching: "pitome", "bipartite", "text", one of them a block, or "auto": as released for
+            this kind of host (DeiT: bipartite in the first half; MAE: in the second half; text
+            encoders: text, in the first 3 blocks only; others: pitome).
         prop_attn: add log(size) to the logits of each key.
         metric: what similarity is measured on: "key", "feature" (the residual stream), or "auto":
             as released for this kind of host (CLIP: feature; others: key).
@@ -149,16 +158,15 @@ class PiToMe(Method):
                 f"{list(MARGINS)}"
             )
         kinds = (self.matching,) if isinstance(self.matching, str) else self.matching
-        known = ("pitome", "bipartite", "auto") if isinstance(self.matching, str) else Kind.__args__  # type: ignore[attr-defined]
+        known: tuple[str, ...] = get_args(Kind)
+        known += ("auto",) if isinstance(self.matching, str) else ()
         if any(kind not in known for kind in kinds):
             raise SettingsError(
-                f"matching is {self.matching!r}; expected 'auto', 'pitome' or 'bipartite', or one "
-                "of the last two a block"
+                f"matching is {self.matching!r}; expected 'auto', 'pitome', 'bipartite' or 'text', "
+                "or one of the last three a block"
             )
         if self.metric not in ("key", "feature", "auto"):
-            raise SettingsError(
-                f"metric is {self.metric!r}; expected 'key', 'feature' or 'auto'"
-            )
+            raise SettingsError(f"metric is {self.metric!r}; expected 'key', 'feature' or 'auto'")
 
     def fit(self, host: Host) -> list[Fill]:
         kind = host_kind(host)
@@ -168,7 +176,10 @@ class PiToMe(Method):
         if metric == "auto":
             metric = "feature" if kind == "clip" else "key"
         fills = []
-        for margin, pick in zip(margins, kinds, strict=True):
+        for i, (margin, pick) in enumerate(zip(margins, kinds, strict=True)):
+            if kind == "text" and self.matching == "auto" and i >= TEXT_BLOCKS:
+                fills.append(Fill(size_bias=self.prop_attn))
+                continue
             step = MergeByEnergy(self.ratio, margin, pick, metric, self.alpha, self.prune)  # type: ignore[arg-type]
             fills.append(
                 Fill(
@@ -193,6 +204,8 @@ class PiToMe(Method):
             return [str(k) for k in _per_block(self.matching, depth, "matching")]
         if self.matching != "auto":
             return [self.matching] * depth
+        if kind == "text":
+            return ["text"] * depth
         half = (depth + 1) // 2
         first, second = ["bipartite"] * half, ["pitome"] * (depth - half)
         if kind == "deit":
@@ -218,7 +231,9 @@ def _per_block(values: tuple[Any, ...], depth: int, name: str) -> tuple[Any, ...
 
 
 def host_kind(host: Host) -> str:
-    """Which of the released settings a host takes: "deit", "mae", "clip" or "vit"."""
+    """Which of the released settings a host takes: "deit", "mae", "clip", "text" or "vit"."""
+    if host.modality == "text":
+        return "text"
     name = host.architecture.lower()
     for kind in ("mae", "deit", "clip"):
         if kind in name:

@@ -15,7 +15,8 @@ facebookresearch/ToMe@af95e4b (non-commercial licence; this file is written from
 Differences from the official patch, all deliberate: layer scale, q/k norm and gates of the host
 are honoured; the schedule of a one-block host is defined; ties are broken by position; hosts that
 average over tokens count each original patch once (apply(..., restore="never") gives the plain
-mean over the tokens that are left).
+mean over the tokens that are left). In a padded batch each item is merged as if it were alone:
+padding is neither a candidate nor a destination.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transom.errors import SettingsError
+from transom.errors import SettingsError, TokensError
 from transom.hosts.base import Host
-from transom.ops import matching
+from transom.ops import matching, padded
 from transom.registry import Method
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
@@ -38,8 +39,12 @@ class MergePairs:
     r: int
 
     def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
-        found = matching.bipartite(attended.key, self.r, tokens.prefix)
-        return tokens.merge(found) if found.source.shape[1] else tokens
+        valid = tokens.record.valid
+        if min(self.r, (tokens.count - tokens.prefix) // 2) < 1:
+            return tokens
+        if valid is not None:
+            return tokens.merge(padded.bipartite(attended.key, valid, self.r, tokens.prefix))
+        return tokens.merge(matching.bipartite(attended.key, self.r, tokens.prefix))
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class MergeToEveryKth:
     k: int
 
     def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        if tokens.record.valid is not None:
+            raise TokensError(
+                "k-th matching drops what is left over at the end of a sequence, so it has no form "
+                "for a padded batch; give inputs of one length, or use r instead of kth"
+            )
         found = matching.every_kth(attended.key[:, tokens.prefix :], self.k)
         return tokens.merge(found.behind(tokens.prefix))
 
