@@ -100,6 +100,7 @@ def apply(
     restore: Restore | None = None,
     check: bool = True,
     checked: bool = False,
+    schedule: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> nn.Module:
     """Fit a method to a model, in place.
@@ -116,6 +117,7 @@ def apply(
         check: run one small input through the model before and after the neutral fitting, and
             once with its tokens in another order, and refuse the host if the outputs differ.
         checked: look for NaN and infinity before every reduction (slower).
+        schedule: JSON file that ``transom compare --schedule auto`` wrote for this method.
         **settings: hyperparameters of the method.
 
     Returns:
@@ -128,6 +130,8 @@ def apply(
 
     In every case of an error the model is left as it was.
     """
+    if schedule is not None:
+        settings = {**_scheduled(schedule, method), **settings}
     built = registry.build(method, settings)
     if restore not in (None, "never", "end", "every"):
         raise SettingsError(
@@ -160,6 +164,22 @@ def apply(
     installation.state.checked = checked
     installation.refresh()
     return model
+
+
+def _scheduled(path: str | os.PathLike[str], method: str | Method) -> dict[str, Any]:
+    """The settings in a schedule file, if it is one and for this method."""
+    slug = method if isinstance(method, str) else getattr(method, "slug", None)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        kind, wanted, settings = content["format"], content["slug"], content["settings"]
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {os.fspath(path)!r}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{os.fspath(path)!r} is no schedule of transom") from None
+    if kind != "transom-schedule-1" or wanted != slug:
+        raise CheckpointError(f"{os.fspath(path)!r} is a schedule for {wanted!r}, not for {slug!r}")
+    return _tuples(settings)
 
 
 def remove(model: nn.Module, slug: str | None = None) -> nn.Module:
@@ -427,7 +447,6 @@ def _install(host: Host) -> _Installation:
         host.grid,
         follows=host.follows,
         parallel=host.parallel,
-        batch_first=host.batch_first,
     )
     flows = [
         BlockFlow(view, state, i, f"{host.stack_name}.{i}") for i, view in enumerate(host.views)

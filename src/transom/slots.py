@@ -325,7 +325,6 @@ class StackState:
         reduces: whether any block holds a token step.
         follows: whether the host's positions (rotary, relative) have to follow their tokens.
         parallel: whether attention and ffn of the host run side by side.
-        batch_first: whether the host's blocks take (B, N, D) and not (N, B, D).
     """
 
     prefix: int
@@ -335,7 +334,6 @@ class StackState:
     reduces: bool = False
     follows: bool = False
     parallel: bool = False
-    batch_first: bool = True
 
     def layout(self, count: int) -> Layout:
         """Layout of an original sequence of `count` tokens."""

@@ -73,7 +73,6 @@ class Host:
         follows: whether positions enter each attention and have to follow their tokens.
         parallel: whether attention and ffn of a block run side by side; a block's token step then
             comes behind the sum of both.
-        batch_first: whether the blocks take (B, N, D) and not (N, B, D).
         closed: slots that cannot be filled here, each with the reason.
         modality: what the tokens are pieces of.
     """
@@ -94,7 +93,6 @@ class Host:
     install: Callable[[], Iterable[Change]] = field(default=tuple)
     follows: bool = False
     parallel: bool = False
-    batch_first: bool = True
     closed: Mapping[str, str] = field(default_factory=dict)
     modality: Modality = "image"
 

@@ -101,11 +101,6 @@ class MultiheadBlock:
         self.packed = isinstance(self.answer.module, nn.MultiheadAttention)
         _check_attention(self.answer.module, f"{name}.{self.attention}")
 
-    @property
-    def batch_first(self) -> bool:
-        """Whether the block takes (B, N, D)."""
-        return not self.packed or bool(self.answer.module.batch_first)
-
     def norm1(self, x: Tensor) -> Tensor:
         return self.module.ln_1(x)
 
@@ -126,11 +121,9 @@ class MultiheadBlock:
         attention = getattr(self.module, self.attention)
         if not self.packed:
             return attention(h, attn_mask=attn_mask, transom=ask)
-        # one object three times: that is what PyTorch's fast path looks for
-        x = h if self.batch_first else h.transpose(0, 1)
         mask = None if attn_mask is None else attn_mask.to(h.dtype)
-        out = attention(x, x, x, need_weights=False, attn_mask=mask, transom=ask)[0]
-        return out if self.batch_first else out.transpose(0, 1)
+        # one object three times: that is what PyTorch's fast path looks for
+        return attention(h, h, h, need_weights=False, attn_mask=mask, transom=ask)[0]
 
     def residual1(self, y: Tensor) -> Tensor:
         for name in self.before:
@@ -153,6 +146,26 @@ class MultiheadBlock:
 
     def checkpoint(self) -> Callable[..., Any] | None:
         return None  # open_clip checkpoints in the loop around its blocks
+
+
+class SequenceFirstBlock(MultiheadBlock):
+    """View of a residual block that takes (N, B, D)."""
+
+    def arrive(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+    def depart(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+        return super().attend(h.transpose(0, 1), ask, *args, **kwargs).transpose(0, 1)
+
+
+def _view(block: Any, name: str) -> MultiheadBlock:
+    attention = getattr(block, "attn", getattr(block, "self_attention", None))
+    packed = isinstance(attention, nn.MultiheadAttention)
+    first = not packed or attention.batch_first
+    return MultiheadBlock(block, name) if first else SequenceFirstBlock(block, name)
 
 
 def _check_attention(module: Any, name: str) -> None:
@@ -266,12 +279,12 @@ def _host(
             f"{stack!r} of blocks"
         )
     views = [
-        MultiheadBlock(block, f"{path}.{stack}.{i}")
+        _view(block, f"{path}.{stack}.{i}")
         for i, block in enumerate(blocks._modules.values())
         if block is not None
     ]
-    first = {view.batch_first for view in views}
-    if len(first | ({owner.batch_first} if hasattr(owner, "batch_first") else set())) > 1:
+    first = {not isinstance(view, SequenceFirstBlock) for view in views}
+    if len(first) > 1 or getattr(owner, "batch_first", None) not in {None, *first}:
         raise HostError(
             f"{path}.{stack} mixes attention that takes (B, N, D) and (N, B, D); expected one form"
         )
@@ -290,7 +303,6 @@ def _host(
         architecture=architecture,
         example=partial(example_pixels, root, _channels(embed), size),
         install=partial(_install, owner, stack, views),
-        batch_first=first.pop(),
     )
 
 
