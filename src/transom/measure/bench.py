@@ -28,7 +28,7 @@ from transom.slots import Restore
 
 MethodLike = str | tuple[str, Mapping[str, Any]] | Method
 
-_ROUNDS = (5, 50)  # fewest and most rounds when their number follows from the time
+_ROUNDS = (3, 50)  # fewest and most rounds when their number follows from the time
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Bench:
         """GFLOPs per image of the plain host, and its tokens after each block."""
         if self._plain is None:
             subject = fitted(self.base, NoOp(), self.target, self.restore)
-            self._plain = (self._gflops(self.base), self._lengths(subject))
+            # the plain host cannot be traced, and the fitted flow is not what is to be counted
+            self._plain = (self._count(self.base), self._trace(subject)[1])
         return self._plain
 
     def measure(self, plan: Plan) -> Row:
@@ -122,11 +123,11 @@ class Bench:
                 self._memory(self.base), self._quality(self.base), {},
             )  # fmt: skip
         subject = fitted(self.base, plan.method, self.target, self.restore)
-        lengths = self._lengths(subject)
+        gflops, lengths = self._trace(subject)
         twin = fitted(self.base, Twin(lengths), self.target, self.restore)
         timings = self._timings({"plain": self.base, "method": subject, "twin": twin})
         return self._row(
-            plan, lengths, self._gflops(subject), timings["method"], timings["plain"],
+            plan, lengths, gflops, timings["method"], timings["plain"],
             timings["twin"], self._memory(subject), self._quality(subject),
             self._chance(plan.method, lengths, plain_lengths),
         )  # fmt: skip
@@ -170,17 +171,18 @@ class Bench:
     def _sample(self) -> Tensor:
         return self.data.sample(self.batch_size, self.device, self.dtype)
 
-    def _lengths(self, subject: nn.Module) -> tuple[int, ...]:
-        with torch.inference_mode(), transom.trace(part(subject, self.target)) as trace:
-            self.forward(subject, self._sample())
+    def _trace(self, subject: nn.Module) -> tuple[float, tuple[int, ...]]:
+        """GFLOPs per image, and tokens after each block, of a model with a method fitted."""
+        with transom.trace(part(subject, self.target)) as trace:
+            gflops = self._count(subject)
         if not trace.lengths:
             raise HostError(
                 "`forward` ran without passing the blocks of the host, so there is nothing to "
                 "measure; check `forward` and `target`"
             )
-        return tuple(trace.lengths)
+        return gflops, tuple(trace.lengths)
 
-    def _gflops(self, subject: nn.Module) -> float:
+    def _count(self, subject: nn.Module) -> float:
         batch = self._sample()
         return cost.gflops(lambda: self.forward(subject, batch)) / self.batch_size
 
@@ -197,11 +199,13 @@ class Bench:
             return lambda: self.forward(subject, batch)
 
         if self.rounds is None:
-            once = cost.interleaved({"": run(self.base)}, rounds=2, device=self.device)[""]
+            once = cost.interleaved({"": run(self.base)}, rounds=2, warmup=1, device=self.device)[
+                ""
+            ]
             fitting = int(self.seconds * 1e3 / (3 * max(once.median_ms, 1e-3)))
             self.rounds = min(max(fitting, _ROUNDS[0]), _ROUNDS[1])
         runs = {name: run(subject) for name, subject in subjects.items()}
-        return cost.interleaved(runs, rounds=self.rounds, device=self.device)
+        return cost.interleaved(runs, rounds=self.rounds, warmup=1, device=self.device)
 
     def _chance(
         self, method: Method, lengths: tuple[int, ...], plain_lengths: tuple[int, ...]

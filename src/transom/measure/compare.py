@@ -81,7 +81,7 @@ def compare(
         device: Where to measure; where the model is by default.
         dtype: Of weights and images; that of the model by default.
         batch_size: Images of a call.
-        rounds: Samples of every time; by default as many as fit into `seconds`, 5 to 50.
+        rounds: Samples of every time; by default as many as fit into `seconds`, 3 to 50.
         seconds: Time spent on the timing of one row, about, when `rounds` is None.
         seed: Of random numbers, and of methods that have a setting `seed`.
         preprocessing: What the model wants to see, if it does not say so itself.
