@@ -58,8 +58,8 @@ def unit(metric: Tensor) -> Tensor:
 
 def descending(score: Tensor) -> Tensor:
     """Positions (B, N) int64 by descending score (B, N); ties by position."""
-    if torch.compiler.is_exporting():
-        # ONNX has no stable sort, but its TopK breaks ties by position
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort, but its TopK breaks ties by position; torch's topk does not
         return score.topk(score.shape[-1], dim=-1).indices
     return score.argsort(dim=-1, descending=True, stable=True)
 
