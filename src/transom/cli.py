@@ -115,6 +115,14 @@ def compare(
     seconds: Annotated[float, typer.Option(help="Time for the timing of one row, about.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of weights that are random and of controls.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="'auto' chooses by measurement in which blocks each method reduces how much, for "
+            "the wished --speedup, and writes schedule-METHOD.json, which apply takes."
+        ),
+    ] = None,
+    speedup: Annotated[float, typer.Option(help="Wished, for --schedule auto.")] = 1.5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("transom-compare"),
 ) -> None:
     """Measure methods side by side on your model and your images.
@@ -126,13 +134,19 @@ def compare(
     from transom.measure.models import create
 
     _threads(threads)
+    if schedule not in (None, "auto"):
+        raise SettingsError(f"--schedule is {schedule!r}; expected 'auto'")
     built = create(model, weights=weights, pretrained=pretrained, seed=seed)
+    chosen = parse_methods(methods)
     out.mkdir(parents=True, exist_ok=True)
+    if schedule:
+        measuring = {"device": device, "dtype": dtype, "batch_size": batch_size, "limit": limit}
+        chosen = _scheduled(built, data, chosen, speedup, out, measuring)
     with _Progress() as progress:
         comparison = run(
             built,
             data,
-            parse_methods(methods),
+            chosen,
             device=device,
             dtype=dtype,
             batch_size=batch_size,
@@ -146,6 +160,43 @@ def compare(
         )
     comparison.save(out / "report.html")
     _finish(comparison, out)
+
+
+def _scheduled(
+    model: Any,
+    data: Path,
+    methods: list[str | tuple[str, dict[str, Any]]] | None,
+    speedup: float,
+    out: Path,
+    options: dict[str, Any],
+) -> list[str | tuple[str, dict[str, Any]]]:
+    """Replace every method by its schedule for a wished speed-up; the others stay as typed."""
+    from transom import registry
+    from transom.measure.schedule import break_even, choose
+
+    known = registry.methods()
+    if methods is None:
+        methods = [slug for slug, cls in known.items() if cls.removing([0], 1) is not None]
+    result: list[str | tuple[str, dict[str, Any]]] = []
+    for method in methods:
+        slug = method if isinstance(method, str) else method[0]
+        if not isinstance(method, str) or slug not in known or not known[slug].removing([0], 1):
+            result.append(method)
+            continue
+        with _Progress() as progress:
+            found = choose(model, data, slug, speedup, progress=progress, **options)
+        path = found.to_json(out / f"schedule-{slug}.json")
+        rest = {name: value for name, value in options.items() if name != "batch_size"}
+        pays = break_even(model, data, (slug, found.settings), **rest)
+        console.print(
+            f"{slug}: {found.row.speedup[1]:.2f}x measured for a wished {speedup:g}x"
+            f"{'' if found.reached else ' (not reached; the fastest was taken)'}, faster than the "
+            f"plain host from batch size {pays if pays else 'none of 1 to 16'} on; written to {path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        result.append((slug, found.settings))
+    return result
 
 
 @app.command()

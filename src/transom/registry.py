@@ -13,6 +13,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transom.errors import SettingsError
@@ -73,6 +74,19 @@ class Method(ABC):
 
         Returns:
             Settings for the constructor; None when there are none.
+        """
+        return None
+
+    @classmethod
+    def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any] | None:
+        """Settings that remove so many tokens in each block; None if the method cannot be told.
+
+        Args:
+            removed: patch tokens to remove in each block, at most half of those there.
+            patches: patch tokens that enter the first block.
+
+        Returns:
+            Settings for the constructor.
         """
         return None
 

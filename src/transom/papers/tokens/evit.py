@@ -21,6 +21,7 @@ protected; in the official code the path with a distillation token does not run.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +185,15 @@ class EViT(Method):
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]
+
+    @classmethod
+    def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any]:
+        rates = []
+        for r in removed:
+            # ceil(rate·T) is T - r for any rate a little below (T - r)/T
+            rates.append(1.0 if not r else (patches - r - 0.25) / patches)
+            patches -= r
+        return {"keep_rate": tuple(rates)}
 
     @classmethod
     def neutral(cls) -> dict[str, Any]:

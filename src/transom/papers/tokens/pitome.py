@@ -23,6 +23,7 @@ prefix tokens are protected, where the released code protects the class token al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -121,7 +122,7 @@ class PiToMe(Method):
     """Spectrum-preserving token merging.
 
     Attributes:
-        ratio: of patch tokens that stay in each block, from 0.5 to 1.
+        ratio: of patch tokens that stay in each block, from 0.5 to 1; or one number a block.
         margin: a number, one number a block, the name of a kind of host (see MARGINS), or "auto":
             the kind of this host (DeiT and MAE 0.75, others 0.9, falling linearly with depth).
         matching: "pitome", "bipartite", "text", one of them a block, or "auto": as released for
@@ -134,7 +135,7 @@ class PiToMe(Method):
         prune: drop the sources instead of merging them.
     """
 
-    ratio: float = 0.95
+    ratio: float | tuple[float, ...] = 0.95
     margin: float | str | tuple[float, ...] = "auto"
     matching: str | tuple[str, ...] = "auto"
     prop_attn: bool = True
@@ -143,11 +144,12 @@ class PiToMe(Method):
     prune: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("margin", "matching"):
+        for name in ("ratio", "margin", "matching"):
             value = getattr(self, name)
             if not isinstance(value, str | float | int):
                 object.__setattr__(self, name, tuple(value))
-        if not 0.5 <= self.ratio <= 1:
+        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+        if any(not 0.5 <= ratio <= 1 for ratio in ratios):
             raise SettingsError(
                 f"ratio is {self.ratio!r}; expected the part of tokens that stays in each block, "
                 "from 0.5 (every token of high energy pairs with another) to 1 (none leaves)"
@@ -176,14 +178,18 @@ class PiToMe(Method):
         if metric == "auto":
             metric = "feature" if kind == "clip" else "key"
         fills = []
-        for i, (margin, pick) in enumerate(zip(margins, kinds, strict=True)):
+        if isinstance(self.ratio, tuple):
+            ratios = _per_block(self.ratio, host.depth, "ratio")
+        else:
+            ratios = (self.ratio,) * host.depth
+        for i, (ratio, margin, pick) in enumerate(zip(ratios, margins, kinds, strict=True)):
             if kind == "text" and self.matching == "auto" and i >= TEXT_BLOCKS:
                 fills.append(Fill(size_bias=self.prop_attn))
                 continue
-            step = MergeByEnergy(self.ratio, margin, pick, metric, self.alpha, self.prune)  # type: ignore[arg-type]
+            step = MergeByEnergy(ratio, margin, pick, metric, self.alpha, self.prune)  # type: ignore[arg-type]
             fills.append(
                 Fill(
-                    tokens=step if self.ratio < 1 else None,
+                    tokens=step if ratio < 1 else None,
                     size_bias=self.prop_attn,
                     asks=metric == "key",
                     drops=self.prune,
@@ -218,6 +224,15 @@ class PiToMe(Method):
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         # ratios that leave 3/4, 1/2 and 1/5 of the patches after the last block
         return [{"ratio": round(left ** (1 / depth), 4)} for left in (0.75, 0.5, 0.2)]
+
+    @classmethod
+    def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any]:
+        ratios = []
+        for r in removed:
+            # floor(T - T·ratio) is r for any ratio a little below (T - r)/T
+            ratios.append(1.0 if not r else max(0.5, (patches - r - 0.25) / patches))
+            patches -= r
+        return {"ratio": tuple(ratios)}
 
     @classmethod
     def neutral(cls) -> dict[str, Any]:

@@ -21,6 +21,7 @@ padding is neither a candidate nor a destination.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,10 @@ class ToMe(Method):
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         # a quarter, a half and nearly all of what depth blocks can remove evenly
         return [{"r": max(1, round(patches * part / depth))} for part in (0.25, 0.5, 0.8)]
+
+    @classmethod
+    def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any]:
+        return {"r": tuple(removed)}
 
     @classmethod
     def neutral(cls) -> dict[str, Any]:
