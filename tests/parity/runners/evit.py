@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 import transom
-from transom.hosts.timm_vit import TimmAttention
+from transom.hosts.timm_attention import answer_for
 from transom.ops.matching import descending
 from transom.papers.tokens.evit import EViT, keep_rate_schedule, kept
 from transom.slots import Ask, Trace
@@ -25,7 +25,7 @@ def attended(golden: Golden) -> dict[str, Tensor]:
     module = Attention(config["dim"], config["num_heads"], qkv_bias=config["qkv_bias"]).eval()
     golden.load(module)
     ask = Ask(keep=True)
-    y = TimmAttention(module)(x, transom=ask)
+    y = answer_for(module, "attention")(x, transom=ask)
     row = ask.class_row()[:, 1:]
     left = kept(row.shape[1], config["keep_rate"], config["tokens"])
     return {

@@ -7,7 +7,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 import transom
-from transom.hosts.timm_vit import TimmAttention
+from transom.hosts.timm_attention import answer_for
 from transom.ops import attention, matching, merging
 from transom.papers.tokens.tome import ToMe
 from transom.slots import Ask
@@ -50,7 +50,7 @@ def attended(golden: Golden) -> dict[str, Tensor]:
     size = golden.inputs.get("size")
     x = golden.inputs["x"]
     ask = Ask(attention.key_bias(size, None, x.dtype), keep=True)
-    y = TimmAttention(module)(x, transom=ask)
+    y = answer_for(module, "attention")(x, transom=ask)
     assert ask.k is not None
     return {"y": y, "metric": ask.k.mean(1)}
 
