@@ -53,12 +53,21 @@ def parallel_scaling(**changes: Any) -> nn.Module:
     return vit(block_fn=partial(block, **changes), qkv_bias=not changes, qk_norm=True)
 
 
+def differential_dual() -> nn.Module:
+    """The form of differential attention with two numbers instead of four vectors."""
+    model: Any = vit(attn_layer="diff")
+    attention = timm_class("layers", "DiffAttention")
+    for i, block in enumerate(model.blocks):
+        block.attn = attention(WIDTH, HEADS, qkv_bias=True, depth=i, dual_lambda=True)
+    return randomised(model)
+
+
 def hybrid() -> nn.Module:
     """Patches made by a small convolutional network, as in ViTamin and the ResNet hybrids."""
     stem = timm_class("models.vision_transformer_hybrid", "ConvStem")
     embed = partial(
         timm_class("layers", "HybridEmbed"),
-        backbone=stem(depth=3, channels=(8, 16, WIDTH), strides=(2, 2, 2), kernel_size=(3, 3, 3)),
+        backbone=stem(depth=3, channels=(8, 16, WIDTH)),
         proj=False,
     )
     return vit(embed_layer=embed, patch_size=1)
@@ -136,11 +145,11 @@ def open_clip_both() -> nn.Module:
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A block of the form OpenAI's CLIP has: attention over (N, B, D), and a mask it may hold."""
+    """A block as in OpenAI's CLIP: its attention takes (N, B, D), and it may hold a mask."""
 
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, batch_first: bool = False) -> None:
         super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
         self.ln_1 = nn.LayerNorm(WIDTH)
         layers = [
             ("c_fc", nn.Linear(WIDTH, 64)),
@@ -158,9 +167,10 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, batch_first: bool = False) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*[ResidualAttentionBlock(mask) for _ in range(DEPTH)])
+        blocks = [ResidualAttentionBlock(mask, batch_first) for _ in range(DEPTH)]
+        self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resblocks(x)
@@ -169,22 +179,23 @@ class Transformer(nn.Module):
 class ImageTower(nn.Module):
     """The image tower that goes with it."""
 
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, batch_first: bool = False) -> None:
         super().__init__()
+        self.order = (0, 1, 2) if batch_first else (1, 0, 2)
         self.input_resolution = SIDE
         self.conv1 = nn.Conv2d(3, WIDTH, PATCH, PATCH, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(WIDTH))
         self.positional_embedding = nn.Parameter(torch.randn(GRID**2 + 1, WIDTH))
         self.ln_pre = nn.LayerNorm(WIDTH)
-        self.transformer = Transformer(mask)
+        self.transformer = Transformer(mask, batch_first)
         self.ln_post = nn.LayerNorm(WIDTH)
         self.proj = nn.Parameter(torch.randn(WIDTH, 16))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        x = self.ln_pre(x + self.positional_embedding).permute(1, 0, 2)
-        x = self.transformer(x).permute(1, 0, 2)
+        x = self.ln_pre(x + self.positional_embedding).permute(self.order)
+        x = self.transformer(x).permute(self.order)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -205,10 +216,7 @@ FITS: dict[str, Build] = {
     "vit-parallel-fused": partial(parallel_scaling, fuse_out_proj=True),
     "vit-parallel-things": partial(vit, "ParallelThingsBlock", init_values=0.1),
     "vit-differential": partial(vit, attn_layer="diff", qk_norm=True),
-    "vit-differential-dual": partial(
-        vit,
-        attn_layer=lambda: partial(timm_class("layers", "DiffAttention"), dual_lambda=True),
-    ),
+    "vit-differential-dual": differential_dual,
     "vit-parallel-differential": partial(vit, "DiffParallelScalingBlock", init_values=0.1),
     "vit-things-differential": partial(vit, "ParallelThingsBlock", attn_layer="diff"),
     "vit-hybrid": hybrid,

@@ -163,9 +163,9 @@ class SequenceFirstBlock(MultiheadBlock):
 
 def _view(block: Any, name: str) -> MultiheadBlock:
     attention = getattr(block, "attn", getattr(block, "self_attention", None))
-    packed = isinstance(attention, nn.MultiheadAttention)
-    first = not packed or attention.batch_first
-    return MultiheadBlock(block, name) if first else SequenceFirstBlock(block, name)
+    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+        return SequenceFirstBlock(block, name)
+    return MultiheadBlock(block, name)
 
 
 def _check_attention(module: Any, name: str) -> None:

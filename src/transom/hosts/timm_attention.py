@@ -191,13 +191,16 @@ class Differential(Answer):
         return self.project(differential(self.module, q, k, v, ask))
 
 
-def differential(m: Any, q: Tensor, k: Tensor, v: Tensor, ask: Ask) -> Tensor:
+def differential(
+    m: Any, q: Tensor, k: Tensor, v: Tensor, ask: Ask, bias: Tensor | None = None
+) -> Tensor:
     """Differential attention with the parts of `m`.
 
     Args:
         m: a DiffAttention, or a block that holds its parts.
         q, k, v: (B, N, D) as projected.
         ask: what is asked; told how much each head counts.
+        bias: a mask of the host, broadcastable to (B, H, N, N).
 
     Returns:
         (B, H, N, 2d), normed and scaled.
@@ -212,7 +215,8 @@ def differential(m: Any, q: Tensor, k: Tensor, v: Tensor, ask: Ask) -> Tensor:
     # what a token gets from another is the difference of the two maps
     ask.share = torch.stack([torch.ones_like(weight), -weight]).repeat(m.num_heads) / m.num_heads
     dropout = m.attn_drop.p if m.training else 0.0
-    out = ask.attend(q, k, v.repeat_interleave(2, 1), dropout=dropout, scale=m.scale)
+    v = v.repeat_interleave(2, 1)
+    out = ask.attend(q, k, v, dropout=dropout, scale=m.scale, bias=bias)
     out = out[:, ::2] - weight * out[:, 1::2]
     return m.sub_norm(out) * (1 - m.lambda_init)
 
@@ -283,7 +287,7 @@ def answer_for(module: nn.Module, name: str) -> Answer:
 
 
 def refuse_mask(mask: Tensor | None, is_causal: bool = False) -> None:
-    """Refuse an attention mask, unless it masks nothing.
+    """Refuse a mask that is left after padding was seen to.
 
     Args:
         mask: additive or boolean, of the original tokens.
@@ -292,18 +296,40 @@ def refuse_mask(mask: Tensor | None, is_causal: bool = False) -> None:
     Raises:
         TokensError: tokens that a fitted method moves do not fit the mask.
     """
-    if is_causal or (mask is not None and not _masks_nothing(mask)):
+    if is_causal or mask is not None:
         raise TokensError(
-            "this call has an attention mask (padding of images of different sizes is one), but "
-            "a fitted method reduces or reweights the tokens the mask was made for; call the "
-            "model with images of one size and without a mask, or remove the method"
+            "this call has an attention mask that is no padding mask, but a fitted method reduces "
+            "or reweights the tokens the mask was made for; call the model without a mask, or "
+            "remove the method"
         )
 
 
-def _masks_nothing(mask: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+def padding(mask: Tensor) -> Tensor | None:
+    """The padding that an attention mask stands for.
+
+    Args:
+        mask: boolean (True is seen) or additive, (B, 1, 1, N), or (B, 1, N, N) in which padding
+            neither sees nor is seen.
+
+    Returns:
+        (B, N) bool, False for padding; None when the mask is something else.
+    """
+    # a compiled call cannot look at values
+    if mask.dim() != 4 or mask.shape[1] != 1 or torch.compiler.is_compiling():
+        return None
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and (mask[~seen] > -1e4).any():
+        return None  # what is neither seen nor hidden is a bias
+    if seen.shape[2] == 1:
+        return seen[:, 0, 0]
+    valid = seen[:, 0].diagonal(dim1=-2, dim2=-1)
+    pairs = valid[:, :, None] & valid[:, None]
+    return valid if torch.equal(seen[:, 0], pairs) else None
+
+
+def left_to_obey(mask: Tensor, ask: Ask) -> Tensor | None:
+    """The mask that an attention still has to obey: padding travels with the tokens instead."""
+    return mask if ask.plain or padding(mask) is None else None
 
 
 def _home(ask: Ask) -> Tensor:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from transom.errors import HostError
 from transom.hosts.base import parts
-from transom.hosts.timm_attention import answer_for, differential, refuse_mask
+from transom.hosts.timm_attention import (
+    answer_for,
+    differential,
+    left_to_obey,
+    padding,
+    refuse_mask,
+)
 from transom.slots import Ask
 
 
@@ -66,7 +72,14 @@ class TimmBlock:
     def norm1(self, x: Tensor) -> Tensor:
         return self.module.norm1(x)
 
-    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        self, h: Tensor, ask: Ask, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if attn_mask is not None:
+            kwargs["attn_mask"] = left_to_obey(attn_mask, ask)
+        return self._attend(h, ask, *args, **kwargs)
+
+    def _attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
         return self.module.attn(h, *args, transom=ask, **kwargs)
 
     def residual1(self, y: Tensor) -> Tensor:
@@ -81,8 +94,9 @@ class TimmBlock:
     def residual2(self, y: Tensor) -> Tensor:
         return self._branch(y, 1)
 
-    def valid(self, *args: Any, **kwargs: Any) -> None:
-        return None  # timm's masks relate pairs of tokens; the attention refuses them
+    def valid(self, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        valid = None if attn_mask is None else padding(attn_mask)
+        return None if valid is None or valid.all() else valid
 
     def checkpoint(self) -> Callable[..., Any] | None:
         return None  # timm checkpoints in the loop around its blocks
@@ -121,7 +135,7 @@ class ParallelThingsBlock(TimmBlock):
     def norm1(self, x: Tensor) -> Tensor:
         return x
 
-    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+    def _attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
         outs = []
         heads: dict[str, list[Tensor]] = {"q": [], "k": [], "share": []}
         for branch in self.module.attns:
@@ -171,32 +185,35 @@ class ParallelScalingBlock(TimmBlock):
     def norm1(self, x: Tensor) -> Tensor:
         return self.module.in_norm(x)
 
-    def attend(
+    def _attend(
         self,
         h: Tensor,
         ask: Ask,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        refuse_mask(attn_mask, is_causal)
+        if not ask.plain:
+            refuse_mask(attn_mask, is_causal)
+        elif is_causal:
+            attn_mask = h.new_ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()
         m = self.module
         hidden, q, k, v = m.in_proj(h).split(m.in_split, -1)
         if m.mlp_bias is not None:
             hidden = hidden + m.mlp_bias
-        out = self._heads(q, k, v, ask).transpose(1, 2).flatten(2)
+        out = self._heads(q, k, v, ask, attn_mask).transpose(1, 2).flatten(2)
         hidden = m.mlp_drop(m.mlp_act(hidden))
         if m.out_proj is not None:
             return m.out_proj(torch.cat([out, hidden], -1))
         return m.attn_out_proj(out) + m.mlp_out_proj(hidden)
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, ask: Ask) -> Tensor:
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, ask: Ask, mask: Tensor | None) -> Tensor:
         m = self.module
         if hasattr(m, "sub_norm"):
-            return differential(m, q, k, v, ask)
+            return differential(m, q, k, v, ask, mask)
         q, k, v = (t.unflatten(-1, (m.num_heads, -1)) for t in (q, k, v))  # (B, N, H, d)
         q, k, v = (t.transpose(1, 2) for t in (m.q_norm(q), m.k_norm(k), v))
         dropout = m.attn_drop.p if m.training else 0.0
-        return ask.attend(q, k, v, dropout=dropout, scale=m.scale)
+        return ask.attend(q, k, v, dropout=dropout, scale=m.scale, bias=mask)
 
     def residual1(self, y: Tensor) -> Tensor:
         return self.module.drop_path(self.module.ls(y))
