@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transom.errors import SettingsError
+from transom.settings import check
 from transom.slots import Fill
 
 if TYPE_CHECKING:
@@ -40,6 +41,18 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         if "slug" not in cls.__dict__:
             cls.slug = cls.__module__.rpartition(".")[2].replace("_", "-")
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @functools.wraps(own)
+            def checked(self: Method) -> None:
+                Method.__post_init__(self)  # types first, so that a room compares only numbers
+                own(self)
+
+            cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        check(self, self.slug)
 
     @abstractmethod
     def fit(self, host: Host) -> list[Fill]:
