@@ -60,6 +60,12 @@ class MergeToEveryKth:
                 "k-th matching drops what is left over at the end of a sequence, so it has no form "
                 "for a padded batch; give inputs of one length, or use r instead of kth"
             )
+        patches = tokens.count - tokens.prefix
+        if patches < self.k:
+            raise TokensError(
+                f"kth is {self.k}, but only {patches} patch tokens enter the block, so none would "
+                "stay; lower it, or restrict it to early blocks with apply(..., where=...)"
+            )
         found = matching.every_kth(attended.key[:, tokens.prefix :], self.k)
         return tokens.merge(found.behind(tokens.prefix))
 
