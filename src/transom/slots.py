@@ -153,8 +153,9 @@ class BlockView(Protocol):
 
     - `join1(x, y)`, `join2(x, y)`: how the attention and the ffn branch y meet the stream x, both
       (B, N, D); x + y by default. A post-norm block normalises here;
-    - `arrive(x)`, `depart(x)`: what the host's loop hands to the block as tokens with the prefix
-      in front (B, N, D), and back as the loop expects it (another order, a tuple); x by default.
+    - `arrive(x, ...)`, `depart(x, ...)`, with the other arguments of the block: what the host's
+      loop hands to it as tokens with the prefix in front (B, N, D), and back as the loop expects
+      it (another order, several images in one sequence, a tuple); x by default.
     """
 
     module: nn.Module
@@ -415,7 +416,7 @@ class BlockFlow:
         join1 = getattr(view, "join1", operator.add)
         join2 = getattr(view, "join2", operator.add)
         if hasattr(view, "arrive"):
-            x = view.arrive(x)
+            x = view.arrive(x, *args, **kwargs)
         record = call.enter(i, x, lambda: view.valid(*args, **kwargs))
         full = x  # what the host's loop carries, when that is the full sequence
         count = call.counts[i]
@@ -451,7 +452,7 @@ class BlockFlow:
             x = join2(x, view.residual2(view.ffn(view.norm2(x))))
         call.leave(i, record, Tokens(x, left))
         x = self._shown(call, x, left, full)
-        return view.depart(x) if hasattr(view, "depart") else x
+        return view.depart(x, *args, **kwargs) if hasattr(view, "depart") else x
 
     def _shown(self, call: Call, x: Tensor, record: Record, full: Tensor) -> Tensor:
         """What the host's loop gets to see of x."""

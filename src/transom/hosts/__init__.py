@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from transom.errors import HostError
-from transom.hosts import hf_vision, multihead, refused, timm_vit
+from transom.hosts import hf_text, hf_vision, multihead, refused, timm_vit
 from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ADAPTERS = (timm_vit, multihead, hf_vision)
+ADAPTERS = (timm_vit, multihead, hf_vision, hf_text)
 
 
 def find(model: nn.Module) -> Host:

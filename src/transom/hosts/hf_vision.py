@@ -1,16 +1,13 @@
-"""Vision encoders of Hugging Face transformers, found by structure.
+"""Vision (and audio) encoders of Hugging Face transformers, found by structure.
 
-One adapter for ViT, DeiT, DINOv2 (with and without registers), CLIP vision and SigLIP vision.
-Attention is reached through the library's attention interface: each fitted attention module gets
-its own copy of the configuration that names transom's function, so the model's configuration and
-every other layer stay as they are. Tested with transformers 5.23.
+An encoder is a module with embeddings that hold patch embeddings, and one stack of pre-norm
+layers. Names of parts are known by role; a part, parameter or attention with another structure is
+refused by name. See :mod:`transom.hosts.hf_common` for the attention.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,144 +15,228 @@ import torch
 from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
-from transom.hosts.base import Change, Host, Reads, example_pixels, parts, put
-from transom.slots import Ask, FittedStack
+from transom.hosts.base import Change, Host, Modality, Reads, example_pixels, parts, put
+from transom.hosts.hf_common import ATTENTION, HfBlock, first, register, role, stack
+from transom.ops import attention
+from transom.slots import Ask
 
 # Names a part of the block may have, by role.
-ROLES = {
-    "norm1": ("layernorm_before", "norm1", "layer_norm1"),
-    "attention": ("attention", "self_attn"),
-    "norm2": ("layernorm_after", "norm2", "layer_norm2"),
-    "ffn": ("mlp",),
-}
-BRANCH = ("layer_scale1", "layer_scale2", "drop_path", "dropout")
-# Parameters of the embeddings that do not change the sequence, and those that lead it.
+NORM1 = ("layernorm_before", "norm1", "layer_norm1", "attention_norm", "rms_norm1")
+NORM2 = ("layernorm_after", "norm2", "layer_norm2", "ffn_norm", "rms_norm2")
+FFN = ("mlp", "feed_forward", "ffn")
+SPLIT = ("intermediate", "output")
+# What a block does to a branch before it is added, in this order.
+BRANCH1 = ("dropout", "layer_scale1", "lambda_1", "drop_path")
+BRANCH2 = ("dropout", "layer_scale2", "lambda_2", "drop_path")
+# Embeddings: parts, parameters that do not change the sequence, those that lead it, those behind.
+PATCHES = ("patch_embeddings", "patch_embedding", "patch_embed")
+EMBEDDINGS = (
+    *PATCHES,
+    "position_embedding",
+    "position_embeddings",
+    "dropout",
+    "rms_norm",
+    "norm",
+    "layernorm",
+    "interpolation",
+)
 EMBEDDING = ("position_embeddings", "position_embedding", "mask_token")
 PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+SUFFIX = ("detection_tokens",)
+# Parameters of the encoder itself that add no token.
+ROOT = ("class_pos_emb",)
 
-# Models whose output is made of the class (and distillation) token alone; all others may show
-# or average the other tokens.
+# Models whose output is made of the prefix tokens alone, and those that average the others.
+# All other models may show tokens one by one.
 CLASS_TOKEN_ONLY = (
     "ViTForImageClassification",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
+    "ViTMSNForImageClassification",
+    "VivitForVideoClassification",
+    "ASTForAudioClassification",
 )
+AVERAGE = (
+    "IJepaForImageClassification",
+    "SiglipForImageClassification",
+    "VideoMAEForVideoClassification",
+)
+# Parts of models that make maps of the features between the blocks.
+DENSE = ("neck", "decode_head", "fpn1", "auxiliary_head")
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | Ask | None,
-    *,
-    base: Callable[..., Any],
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """What the attention interface calls for a fitted layer."""
-    if not isinstance(attention_mask, Ask):
-        return base(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    ask = attention_mask
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ask.attend(query, key, value, dropout=dropout, scale=scale)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Registered with the attention interface for hosts that run SDPA."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return _attention(module, *args, base=ALL_ATTENTION_FUNCTIONS["sdpa"], **kwargs)
-
-
-def eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Registered with the attention interface for hosts that run their eager attention."""
-    base = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
-    return _attention(module, *args, base=base, **kwargs)
-
-
-FUNCTIONS = {"sdpa": sdpa, "eager": eager}
-
-
-class HfBlock:
-    """View of a pre-norm transformers layer."""
+class PreNormBlock(HfBlock):
+    """View of a pre-norm layer with one ffn module."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
+        super().__init__(module, name)
         children = dict(module.named_children())
-        self.names = {role: _role(children, role, name, module) for role in ROLES}
-        self.before = tuple(n for n in ("dropout", "layer_scale1", "drop_path") if n in children)
-        self.after = tuple(n for n in ("dropout", "layer_scale2", "drop_path") if n in children)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        _register()  # a fitted model may be unpickled where nothing was fitted yet
-
-    def _part(self, role: str) -> nn.Module:
-        return getattr(self.module, self.names[role])
-
-    @property
-    def attention(self) -> nn.Module:
-        """The host's attention module."""
-        return self._part("attention")
+        self.norm1_name = role(children, NORM1, "norm1", name, module)
+        self.norm2_name = role(children, NORM2, "norm2", name, module)
+        self.ffn_names: tuple[str, ...] = SPLIT
+        if not all(part in children for part in SPLIT):
+            self.ffn_names = (role(children, FFN, "ffn", name, module),)
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        unknown = set(own) - {*BRANCH1, *BRANCH2}
+        if unknown:
+            raise HostError(
+                f"{name} ({type(module).__name__}) has a parameter {sorted(unknown)[0]!r} that "
+                f"transom does not know; known are {[*BRANCH1, *BRANCH2]}"
+            )
+        known = (*NORM1, *NORM2, *ATTENTION, *self.ffn_names, *BRANCH1, *BRANCH2)
+        parts(module, (*known, "relative_position_bias"), name)
+        there = {*children, *own}
+        self.before = [n for n in BRANCH1 if n in there]
+        self.after = [n for n in BRANCH2 if n in there]
+        if hasattr(self.reach.modules(module)[0], "projection_dropout"):
+            # then the dropout of the block is that of its ffn alone
+            self.before = [n for n in self.before if n != "dropout"]
+        self.shared_bias = False
 
     def norm1(self, x: Tensor) -> Tensor:
-        return self._part("norm1")(x)
-
-    def attend(
-        self, h: Tensor, ask: Ask, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        # some layers swallow keyword arguments; the mask is what all of them hand on untouched
-        carried = attention_mask if ask.plain else ask
-        return self.attention(h, attention_mask=carried, **kwargs)[0]
+        return getattr(self.module, self.norm1_name)(x)
 
     def residual1(self, y: Tensor) -> Tensor:
-        for name in self.before:
-            y = getattr(self.module, name)(y)
-        return y
+        return self._through(self.before, y)
 
     def norm2(self, x: Tensor) -> Tensor:
-        return self._part("norm2")(x)
+        return getattr(self.module, self.norm2_name)(x)
 
     def ffn(self, h: Tensor) -> Tensor:
-        return self._part("ffn")(h)
+        return first(getattr(self.module, self.ffn_names[0])(h))
 
     def residual2(self, y: Tensor) -> Tensor:
-        for name in self.after:
-            y = getattr(self.module, name)(y)
+        return self._through(self.after, y)
+
+    def join2(self, x: Tensor, y: Tensor) -> Tensor:
+        # a split ffn adds the stream in its second half
+        module: Any = self.module
+        return x + y if len(self.ffn_names) == 1 else module.output(y, x)
+
+    def _through(self, names: list[str], y: Tensor) -> Tensor:
+        for name in names:
+            part = getattr(self.module, name)
+            y = part(y) if isinstance(part, nn.Module) else part * y
         return y
 
-    def valid(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        if attention_mask is None:
-            return None
-        same = attention_mask == attention_mask[:, :, :1]
-        if not torch.compiler.is_compiling() and not same.all():
-            raise TokensError(
-                "the attention mask of this call differs between queries; a fitted method can "
-                "only carry a padding mask along, which is the same for all of them"
-            )
-        row = attention_mask[:, 0, 0]
-        return row if row.dtype == torch.bool else row >= 0
-
-    def checkpoint(self) -> Callable[..., Any] | None:
+    def bias(self, given: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+        own = getattr(self.module, "relative_position_bias", None)
+        if own is None:
+            return mask if self.shared_bias else None
         module: Any = self.module
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            return module._gradient_checkpointing_func
-        return None
+        height, width = given["resolution"]
+        window = (height // module.patch_size, width // module.patch_size)
+        stretch = given.get("interpolate_pos_encoding", False)
+        bias = own(window, stretch, dim_size=window[0] * window[1] + 1)
+        return bias + mask if self.shared_bias and mask is not None else bias
+
+    def mask(self, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        if bias is None or self.shared_bias:
+            return mask if bias is None else bias
+        return bias if mask is None else bias + mask
+
+    def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return None if self.shared_bias else super().valid(*args, **kwargs)
 
 
-def _role(children: dict[str, nn.Module], role: str, name: str, module: nn.Module) -> str:
-    found = [n for n in ROLES[role] if n in children]
-    if len(found) != 1:
-        raise HostError(
-            f"{name} ({type(module).__name__}) has {len(found)} parts that could be its {role}; "
-            f"expected exactly one of {list(ROLES[role])} among {sorted(children)}"
-        )
-    return found[0]
+class TrailingTokensBlock(PreNormBlock):
+    """A layer whose sequence ends with tokens that no method may touch: they go to the front.
+
+    Attributes:
+        front, behind: numbers of leading and of trailing tokens.
+    """
+
+    front = 0
+    behind = 0
+
+    def arrive(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        front, middle, end = x.tensor_split((self.front, x.shape[1] - self.behind), 1)
+        return torch.cat([front, end, middle], 1)
+
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        front, end, middle = x.tensor_split((self.front, self.front + self.behind), 1)
+        return torch.cat([front, middle, end], 1)
+
+    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+        if not ask.plain:
+            return super().attend(h, ask, *args, **kwargs)
+        # in the host's own order, so that nothing changes where nothing is asked, not even rounding
+        return self.arrive(super().attend(self.depart(h), ask, *args, **kwargs))
+
+
+class PackedBlock(PreNormBlock):
+    """A layer that gets the images of a batch in one sequence, each closed to the others.
+
+    Inside, they are a batch again: of the shape that they have, or padded to the largest. Images
+    of different size that lost tokens stay a batch between the blocks.
+    """
+
+    def arrive(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        images = self.given(args, kwargs).get("attention_mask")
+        return images.batch(x) if isinstance(images, Images) and len(x) == 1 else x
+
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        images = self.given(args, kwargs).get("attention_mask")
+        return images.sequence(x) if isinstance(images, Images) else x
+
+    def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
+        given = self.given(args, kwargs)
+        images = given.get("attention_mask")
+        if isinstance(images, Images):
+            given["attention_mask"] = None
+            if ask.plain and images.valid is not None:
+                ask.bias = attention.key_bias(None, images.valid, h.dtype)
+            tables = given["position_embeddings"]
+            given["position_embeddings"] = tuple(images.batch(x[None]) for x in tables)
+        return super().attend(h, ask, **given)
+
+    def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        images = self.given(args, kwargs).get("attention_mask")
+        return images.valid if isinstance(images, Images) else super().valid(*args, **kwargs)
+
+
+class Images:
+    """The lengths of the images in one sequence; stands in for the mask that kept them apart."""
+
+    def __init__(self, mask: Tensor) -> None:
+        start = (mask[0, 0] == 0).int().argmax(-1)  # first place that a token sees
+        self.lengths: list[int] = torch.unique_consecutive(start, return_counts=True)[1].tolist()
+        most = max(self.lengths)
+        self.valid: Tensor | None = None
+        if min(self.lengths) < most:
+            lengths = torch.tensor(self.lengths, device=mask.device)
+            self.valid = torch.arange(most, device=mask.device) < lengths[:, None]
+
+    def batch(self, x: Tensor) -> Tensor:
+        """(1, total, D) -> (B, N, D)."""
+        if self.valid is None or x.shape[1] != sum(self.lengths):
+            return x.reshape(len(self.lengths), -1, x.shape[-1])
+        return nn.utils.rnn.pad_sequence(list(x[0].split(self.lengths)), batch_first=True)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (1, total, D) if nothing is missing, and where no padding is left over."""
+        if self.valid is None:
+            return x.reshape(1, -1, x.shape[-1])
+        return x[self.valid][None] if x.shape[1] == self.valid.shape[1] else x
+
+
+class PackedForward:
+    """Forward of a stack's module that hands the layers the lengths instead of a mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if attention_mask is None:
+            raise TokensError(
+                "a fitted method needs the mask that keeps the images of a sequence apart; call "
+                "the vision model as a whole"
+            )
+        images: Any = Images(attention_mask)
+        forward = type(self.module).forward
+        return forward(self.module, inputs_embeds, attention_mask=images, **kwargs)
 
 
 def find(model: nn.Module) -> Iterator[Host]:
@@ -173,122 +254,154 @@ def find(model: nn.Module) -> Iterator[Host]:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        embeddings = getattr(module, "embeddings", None)
-        if not isinstance(module, PreTrainedModel) or not isinstance(embeddings, nn.Module):
-            continue
-        children = dict(embeddings.named_children())
-        if "patch_embeddings" in children or "patch_embedding" in children:
+        if isinstance(module, PreTrainedModel) and (_patches(module) or _packs(module)):
             yield _host(module, name, model)
 
 
-def _stack(root: nn.Module) -> tuple[str, nn.Module]:
-    stacks = [
-        (name, module)
-        for name, module in root.named_modules()
-        if isinstance(module, nn.ModuleList | FittedStack)
-        and len(module._modules)
-        and all(
-            any(n in dict(layer.named_children()) for n in ROLES["attention"])
-            for layer in module._modules.values()
-            if layer is not None
-        )
-    ]
-    if len(stacks) != 1:
-        raise HostError(
-            f"{type(root).__name__} has {len(stacks)} stacks of layers with attention "
-            f"({[name for name, _ in stacks]}); expected exactly one nn.ModuleList"
-        )
-    return stacks[0]
+def _patches(module: nn.Module) -> bool:
+    embeddings = getattr(module, "embeddings", None)
+    if not isinstance(embeddings, nn.Module):
+        return False
+    return any(name in dict(embeddings.named_children()) for name in PATCHES)
 
 
-def _prefix(embeddings: nn.Module) -> tuple[int, bool]:
-    """Number of prefix tokens, and whether the first is a class token."""
-    count, class_token = 0, False
+def _packs(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    return {"patch_conv", "patch_positional_embedding", "transformer"} <= set(children)
+
+
+def _counts(embeddings: nn.Module) -> tuple[int, int, bool]:
+    """Number of tokens before and behind the patches, and whether the first is a class token."""
+    parts(embeddings, EMBEDDINGS, type(embeddings).__name__)
+    before, behind, class_token = 0, 0, False
     for name, parameter in embeddings.named_parameters(recurse=False):
+        count = parameter.shape[1] if parameter.dim() == 3 else 1
         if name in PREFIX:
-            count += parameter.shape[1] if parameter.dim() == 3 else 1
+            before += count
             class_token |= name in ("cls_token", "class_embedding")
+        elif name in SUFFIX:
+            behind += count
         elif name not in EMBEDDING:
             raise HostError(
                 f"{type(embeddings).__name__} has a parameter {name!r} that transom does not know; "
-                f"it may add tokens. Known are {[*EMBEDDING, *PREFIX]}"
+                f"it may add tokens. Known are {[*EMBEDDING, *PREFIX, *SUFFIX]}"
             )
-    return count, class_token
+    return before, behind, class_token
 
 
 def _host(root: Any, name: str, model: nn.Module) -> Host:
-    from transformers.backbone_utils import BackboneMixin
-
-    stack_name, stack = _stack(root)
-    views: list[HfBlock] = []
-    for i, layer in enumerate(stack._modules.values()):
+    stack_name, layers = stack(root)
+    unknown = {n for n, _ in root.named_parameters(recurse=False)} - set(ROOT)
+    if unknown:
+        raise HostError(
+            f"{type(root).__name__} has a parameter {sorted(unknown)[0]!r} that transom does not "
+            f"know; it may add tokens. Known are {list(ROOT)}"
+        )
+    packed = _packs(root)
+    before, behind, class_token = (0, 0, False) if packed else _counts(root.embeddings)
+    kind = PackedBlock if packed else TrailingTokensBlock if behind else PreNormBlock
+    views: list[PreNormBlock] = []
+    for i, layer in enumerate(layers._modules.values()):
         assert layer is not None
-        place = f"{stack_name}.{i}"
-        view = HfBlock(layer, place)
-        parts(layer, (*view.names.values(), *BRANCH), place)
-        _check_attention(view.attention, f"{place}.{view.names['attention']}")
+        view = kind(layer, f"{stack_name}.{i}")
+        if isinstance(view, TrailingTokensBlock):
+            view.front, view.behind = before, behind
+        # tables may cover the patches only, or every token
+        view.bare = 0 if hasattr(root, "class_pos_emb") else before + behind
+        view.shared_bias = getattr(root, "shared_position_bias", None) is not None
         views.append(view)
-    prefix, class_token = _prefix(root.embeddings)
     config = root.config
-    size, patch = _pair(config.image_size), _pair(config.patch_size)
-    reads: Reads = "class token" if type(model).__name__ in CLASS_TOKEN_ONLY else "tokens"
-    if isinstance(root, BackboneMixin):
-        reads = "maps"
+    relative = any(hasattr(root, n) for n in ("rope_embeddings", "vision_rotary_embedding"))
+    bias = any(getattr(v.module, "relative_position_bias", None) is not None for v in views)
+    modality, grid, example = _input(root)
 
     return Host(
         family=f"transformers {config.model_type}",
         root=root,
         name=name,
-        stack=stack,
+        stack=layers,
         stack_name=stack_name,
         views=list(views),
         width=config.hidden_size,
-        prefix=prefix,
+        prefix=before + behind,
         class_token=class_token,
-        grid=(size[0] // patch[0], size[1] // patch[1]),
-        reads=reads,
+        grid=grid,
+        reads=_reads(root, model),
         architecture=config.model_type,
-        example=partial(example_pixels, root, config.num_channels, size),
-        install=partial(_install, views),
+        example=example,
+        install=partial(_install, root, views),
+        follows=packed or relative or bias or any(v.shared_bias for v in views),
+        modality=modality,
     )
 
 
-def _install(views: list[HfBlock]) -> Iterator[Change]:
-    _register()
+def _reads(root: Any, model: nn.Module) -> Reads:
+    """What is made of the tokens, as far as the classes of the model tell."""
+    from transformers.backbone_utils import BackboneMixin
+
+    encoder = getattr(root, "encoder", None)
+    between = getattr(encoder, "interpolation", None) is not None  # adds positions between blocks
+    for module in model.modules():
+        children = dict(module.named_children())
+        layer = getattr(getattr(module, "config", None), "vision_feature_layer", None)
+        if any(n in children for n in DENSE) or layer not in (None, -1):
+            between = True
+    if between or isinstance(root, BackboneMixin):
+        return "maps"
+    kind = type(model).__name__
+    if kind in CLASS_TOKEN_ONLY:
+        return "class token"
+    return "pooled" if kind in AVERAGE else "tokens"
+
+
+def _install(root: Any, views: list[PreNormBlock]) -> Iterator[Change]:
+    register()
     for view in views:
-        attention: Any = view.attention
-        own = copy.copy(attention.config)
-        own._attn_implementation_internal = f"transom_{_implementation(attention)}"
-        yield put(attention, "config", own)
+        yield from view.reach.install(view.module)
+    if isinstance(views[0], PackedBlock):
+        yield put(root.transformer, "forward", PackedForward(root.transformer))
+
+
+def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:
+    """Modality, grid at the host's own size, and what makes an example."""
+    config = root.config
+    if root.main_input_name == "input_values":
+        grid = root.embeddings.get_shape(config)
+        return "audio", grid, partial(_noise, root, (1, config.max_length, config.num_mel_bins))
+    if hasattr(config, "num_frames"):
+        shape = (1, config.num_frames, config.num_channels, *_pair(config.image_size))
+        return "video", None, partial(_noise, root, shape)
+    patch = _pair(config.patch_size)
+    if getattr(config, "image_size", None) is None:
+        return "image", None, partial(_patched, root, patch)
+    size = _pair(config.image_size)
+    grid = (size[0] // patch[0], size[1] // patch[1])
+    if hasattr(getattr(root, "embeddings", None), "random_masking"):
+        return "image", None, partial(_masked, root, size, grid)
+    return "image", grid, partial(example_pixels, root, config.num_channels, size)
+
+
+def _noise(root: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    like = next(root.parameters())
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(device=like.device, dtype=like.dtype)
+
+
+def _patched(root: Any, patch: tuple[int, int]) -> Mapping[str, Tensor]:
+    """Two images of different size as rows of patches, the smaller one padded."""
+    side = max(2, int(root.config.num_patches**0.5))
+    x = _noise(root, (2, side * side, root.config.num_channels * patch[0] * patch[1]))
+    shapes = torch.tensor([[side, side], [side, side - 1]], device=x.device)
+    place = torch.arange(side * side, device=x.device)
+    mask = (place < shapes.prod(-1)[:, None]).long()
+    return {"pixel_values": x, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def _masked(root: Any, size: tuple[int, int], grid: tuple[int, int]) -> Mapping[str, Tensor]:
+    """An image with the noise that decides which patches are masked."""
+    x = example_pixels(root, root.config.num_channels, size)
+    return {"pixel_values": x, "noise": _noise(root, (1, grid[0] * grid[1]))}
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _implementation(attention: Any) -> str:
-    return attention.config._attn_implementation or "eager"
-
-
-def _check_attention(attention: Any, name: str) -> None:
-    wanted = ("q_proj", "k_proj", "v_proj", "config")
-    if not all(hasattr(attention, part) for part in wanted):
-        raise HostError(
-            f"{name} is a {type(attention).__name__}; expected an attention of transformers 5 "
-            f"with {list(wanted)} that goes through the attention interface"
-        )
-    parts(attention, ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), name)
-    implementation = _implementation(attention).removeprefix("transom_")
-    if implementation not in FUNCTIONS:
-        raise HostError(
-            f"{name} runs the attention implementation {implementation!r}; transom fits "
-            f"{sorted(FUNCTIONS)}. Call model.set_attn_implementation('sdpa') first"
-        )
-
-
-def _register() -> None:
-    """Make transom's functions known to the attention interface (again, if somebody removed them)."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for name, function in FUNCTIONS.items():
-        ALL_ATTENTION_FUNCTIONS.register(f"transom_{name}", function)

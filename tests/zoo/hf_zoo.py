@@ -1,0 +1,420 @@
+"""Small transformers models with random weights, one or more of each family an adapter may meet.
+
+Width 32, 3 blocks, images of 32 x 32 pixels in patches of 8. Every parameter is drawn anew, so
+that a part which a fitted block leaves out (a bias, a layer scale, a norm) shows in the output.
+Dropout is on in training mode wherever a family has it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, DEPTH, HEADS, SIZE, PATCH = 32, 3, 4, 32, 8
+IMAGE_TOKEN = 60
+
+SETTINGS: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 64,
+    "mlp_ratio": 2,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+    "num_labels": 10,
+    "projection_dim": 16,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "attention_dropout": 0.1,
+    "drop_path_rate": 0.2,
+}
+WORDS: dict[str, Any] = {
+    "vocab_size": 64,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+LANGUAGE: dict[str, Any] = {**WORDS, "num_key_value_heads": HEADS, "head_dim": 8}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        build: makes a small random model in evaluation mode.
+        inputs: makes arguments for the model from a batch size and a seed.
+        refused: part of the error that `transom.apply` must raise; "" when the family fits.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, int], dict[str, Tensor]]
+    refused: str = ""
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """`model` in evaluation mode with every parameter drawn from a seeded generator."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if not parameter.numel():
+            continue
+        if parameter.dim() > 1:
+            parameter.data = noise * parameter[0].numel() ** -0.5
+        else:
+            constant = bool((parameter == parameter.flatten()[0]).all())
+            parameter.data = 0.2 * noise + (parameter.data if constant else 0.0)
+    return model.eval()
+
+
+def configured(config: str, **changes: Any) -> Any:
+    """A configuration of transformers with those of SETTINGS that it knows."""
+    import transformers
+
+    known = getattr(transformers, config)
+    names = {*inspect.signature(known).parameters, "num_labels"}
+    chosen = {name: value for name, value in SETTINGS.items() if name in names}
+    return known(**{**chosen, **changes})
+
+
+def one(model: str, config: str, **changes: Any) -> nn.Module:
+    """A model by the names of its classes."""
+    import transformers
+
+    return randomised(getattr(transformers, model)(configured(config, **changes)))
+
+
+def joint(model: str, config: str, parts: Mapping[str, Any], **changes: Any) -> nn.Module:
+    """A model of several towers, each given as the name of its configuration or as (name, {})."""
+    import transformers
+
+    towers = {}
+    for part, given in parts.items():
+        name, settings = (given, {}) if isinstance(given, str) else given
+        towers[part] = configured(name, **settings)
+    own = getattr(transformers, config)(**towers, **changes)
+    return randomised(getattr(transformers, model)(own))
+
+
+def _noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int, seed: int = 0) -> dict[str, Tensor]:
+    return {"pixel_values": _noise(seed, count, 3, SIZE, SIZE)}
+
+
+def masked_images(count: int, seed: int = 0) -> dict[str, Tensor]:
+    return {**images(count, seed), "noise": _noise(seed + 1, count, 16).sigmoid()}
+
+
+def video(count: int, seed: int = 0) -> dict[str, Tensor]:
+    return {"pixel_values": _noise(seed, count, 4, 3, SIZE, SIZE)}
+
+
+def sound(count: int, seed: int = 0) -> dict[str, Tensor]:
+    return {"input_values": _noise(seed, count, 48, 32)}
+
+
+def patches(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """SigLIP2: rows of patches, images of different size padded."""
+    shapes = torch.tensor([[4, 4], [3, 4], [2, 5]])[torch.arange(count) % 3]
+    mask = (torch.arange(16) < shapes.prod(-1)[:, None]).long()
+    values = _noise(seed, count, 16, 3 * PATCH**2)
+    return {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def text(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Sentences of different length, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.tensor([14, 9, 12, 5])[torch.arange(count) % 4]
+    words = torch.randint(3, 59, (count, 14), generator=generator)
+    mask = (torch.arange(14) < length[:, None]).long()
+    words[:, 0] = 0
+    return {"input_ids": words.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def pairs(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Images and words."""
+    words = {k: v for k, v in text(count, seed).items() if k == "input_ids"}
+    return {**images(count, seed), **words}
+
+
+def prompt(image_tokens: int, count: int, seed: int = 0) -> dict[str, Tensor]:
+    """A prompt with one image for a vision-language model."""
+    words = torch.full((count, image_tokens + 4), IMAGE_TOKEN)
+    words[:, :2], words[:, -2:] = 5, 7
+    return {**images(count, seed), "input_ids": words}
+
+
+def several(image_tokens: int, count: int, seed: int = 0) -> dict[str, Tensor]:
+    """The same for models that take (B, images, 3, h, w)."""
+    found = prompt(image_tokens, count, seed)
+    return {**found, "pixel_values": found["pixel_values"][:, None]}
+
+
+CLIP = "CLIPTextConfig", WORDS
+LLAMA = "LlamaConfig", LANGUAGE
+MAPS = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+
+FAMILIES: dict[str, Family] = {
+    "ViT": Family(partial(one, "ViTForImageClassification", "ViTConfig"), images),
+    "ViT (features)": Family(partial(one, "ViTModel", "ViTConfig"), images),
+    "DeiT": Family(partial(one, "DeiTForImageClassificationWithTeacher", "DeiTConfig"), images),
+    "DINOv2": Family(
+        partial(one, "Dinov2ForImageClassification", "Dinov2Config", use_swiglu_ffn=True), images
+    ),
+    "DINOv2 with registers": Family(
+        partial(
+            one, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3
+        ),
+        images,
+    ),
+    "DINOv2 backbone": Family(
+        partial(one, "Dinov2Backbone", "Dinov2Config", out_features=["stage1", "stage2", "stage3"]),
+        images,
+    ),
+    "DINOv3": Family(
+        partial(
+            one, "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2, use_gated_mlp=True
+        ),
+        images,
+    ),
+    "DINOv3 backbone": Family(
+        partial(one, "DINOv3ViTBackbone", "DINOv3ViTConfig", out_features=["stage1", "stage3"]),
+        images,
+    ),
+    "CLIP vision": Family(
+        partial(one, "CLIPVisionModelWithProjection", "CLIPVisionConfig"), images
+    ),
+    "CLIP": Family(
+        partial(
+            joint,
+            "CLIPModel",
+            "CLIPConfig",
+            {"text_config": CLIP, "vision_config": "CLIPVisionConfig"},
+        ),
+        pairs,
+    ),
+    "SigLIP": Family(
+        partial(
+            joint,
+            "SiglipForImageClassification",
+            "SiglipConfig",
+            {"vision_config": "SiglipVisionConfig"},
+            num_labels=10,
+        ),
+        images,
+    ),
+    "SigLIP2": Family(
+        partial(one, "Siglip2VisionModel", "Siglip2VisionConfig", num_patches=16), patches
+    ),
+    "BEiT": Family(
+        partial(
+            one,
+            "BeitForImageClassification",
+            "BeitConfig",
+            use_relative_position_bias=True,
+            layer_scale_init_value=0.5,
+        ),
+        images,
+    ),
+    "BEiT with shared bias": Family(
+        partial(one, "BeitModel", "BeitConfig", use_shared_relative_position_bias=True), images
+    ),
+    "I-JEPA": Family(partial(one, "IJepaForImageClassification", "IJepaConfig"), images),
+    "ViT-MAE": Family(partial(one, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.25), masked_images),
+    "ViT-MAE pretraining": Family(
+        partial(
+            one,
+            "ViTMAEForPreTraining",
+            "ViTMAEConfig",
+            mask_ratio=0.25,
+            decoder_hidden_size=16,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=32,
+        ),
+        masked_images,
+    ),
+    "ViT-MSN": Family(partial(one, "ViTMSNForImageClassification", "ViTMSNConfig"), images),
+    "VideoMAE": Family(
+        partial(
+            one, "VideoMAEForVideoClassification", "VideoMAEConfig", num_frames=4, tubelet_size=2
+        ),
+        video,
+    ),
+    "ViViT": Family(
+        partial(
+            one,
+            "VivitForVideoClassification",
+            "VivitConfig",
+            num_frames=4,
+            tubelet_size=[2, PATCH, PATCH],
+        ),
+        video,
+    ),
+    "DPT": Family(
+        partial(
+            one,
+            "DPTForDepthEstimation",
+            "DPTConfig",
+            num_hidden_layers=4,
+            backbone_out_indices=[0, 1, 2, 3],
+            is_hybrid=False,
+            **MAPS,
+        ),
+        images,
+    ),
+    "AIMv2": Family(partial(one, "Aimv2VisionModel", "Aimv2VisionConfig"), images),
+    "MLCD": Family(partial(one, "MLCDVisionModel", "MLCDVisionConfig"), images),
+    "Chinese-CLIP": Family(
+        partial(
+            joint,
+            "ChineseCLIPModel",
+            "ChineseCLIPConfig",
+            {
+                "text_config": ("ChineseCLIPTextConfig", WORDS),
+                "vision_config": "ChineseCLIPVisionConfig",
+            },
+        ),
+        pairs,
+    ),
+    "Pixtral": Family(partial(one, "PixtralVisionModel", "PixtralVisionConfig"), images),
+    "AST": Family(
+        partial(
+            one,
+            "ASTForAudioClassification",
+            "ASTConfig",
+            max_length=48,
+            num_mel_bins=32,
+            frequency_stride=6,
+            time_stride=6,
+        ),
+        sound,
+    ),
+    "YOLOS": Family(
+        partial(
+            one,
+            "YolosForObjectDetection",
+            "YolosConfig",
+            image_size=[SIZE, SIZE],
+            num_detection_tokens=5,
+            use_mid_position_embeddings=False,
+        ),
+        images,
+    ),
+    "YOLOS with mid positions": Family(
+        partial(
+            one,
+            "YolosModel",
+            "YolosConfig",
+            image_size=[SIZE, SIZE],
+            num_detection_tokens=5,
+            use_mid_position_embeddings=True,
+        ),
+        images,
+    ),
+    "InternVL": Family(
+        partial(
+            joint,
+            "InternVLForConditionalGeneration",
+            "InternVLConfig",
+            {
+                "vision_config": (
+                    "InternVLVisionConfig",
+                    {
+                        "image_size": [SIZE, SIZE],
+                        "patch_size": [PATCH, PATCH],
+                        "use_qk_norm": True,
+                        "projection_dropout": 0.1,
+                    },
+                ),
+                "text_config": LLAMA,
+            },
+            image_token_id=IMAGE_TOKEN,
+        ),
+        partial(prompt, 4),
+    ),
+    "Idefics3": Family(
+        partial(
+            joint,
+            "Idefics3ForConditionalGeneration",
+            "Idefics3Config",
+            {"vision_config": "Idefics3VisionConfig", "text_config": LLAMA},
+            image_token_id=IMAGE_TOKEN,
+            scale_factor=2,
+        ),
+        partial(several, 4),
+    ),
+    "SmolVLM": Family(
+        partial(
+            joint,
+            "SmolVLMForConditionalGeneration",
+            "SmolVLMConfig",
+            {"vision_config": "SmolVLMVisionConfig", "text_config": LLAMA},
+            image_token_id=IMAGE_TOKEN,
+            scale_factor=2,
+        ),
+        partial(several, 4),
+    ),
+    "LLaVA": Family(
+        partial(
+            joint,
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            {"vision_config": "CLIPVisionConfig", "text_config": LLAMA},
+            image_token_id=IMAGE_TOKEN,
+            vision_feature_layer=-2,
+        ),
+        partial(prompt, 16),
+    ),
+    "MetaCLIP 2": Family(partial(one, "MetaClip2VisionModel", "MetaClip2VisionConfig"), images),
+    "CLIPSeg": Family(partial(one, "CLIPSegVisionModel", "CLIPSegVisionConfig"), images),
+    "OWL-ViT": Family(partial(one, "OwlViTVisionModel", "OwlViTVisionConfig"), images),
+    "Idefics2": Family(partial(one, "Idefics2VisionTransformer", "Idefics2VisionConfig"), images),
+    "Pixio": Family(partial(one, "PixioModel", "PixioConfig"), images),
+    "VitPose backbone": Family(
+        partial(
+            one,
+            "VitPoseBackbone",
+            "VitPoseBackboneConfig",
+            image_size=[SIZE, SIZE],
+            patch_size=[PATCH, PATCH],
+            out_features=["stage1", "stage3"],
+        ),
+        images,
+    ),
+    "BERT": Family(partial(one, "BertModel", "BertConfig", **WORDS), text),
+    "BERT classifier": Family(
+        partial(one, "BertForSequenceClassification", "BertConfig", **WORDS), text
+    ),
+    "DistilBERT": Family(
+        partial(
+            one,
+            "DistilBertModel",
+            "DistilBertConfig",
+            dim=WIDTH,
+            n_layers=DEPTH,
+            n_heads=HEADS,
+            hidden_dim=64,
+            vocab_size=64,
+            max_position_embeddings=48,
+            pad_token_id=1,
+        ),
+        text,
+    ),
+    "RoBERTa": Family(partial(one, "RobertaModel", "RobertaConfig", **WORDS), text),
+    "XLM-RoBERTa": Family(partial(one, "XLMRobertaModel", "XLMRobertaConfig", **WORDS), text),
+    "MPNet": Family(partial(one, "MPNetModel", "MPNetConfig", **WORDS), text),
+    "ELECTRA": Family(
+        partial(one, "ElectraModel", "ElectraConfig", embedding_size=16, **WORDS), text
+    ),
+}
