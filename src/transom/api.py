@@ -134,9 +134,7 @@ def apply(
         settings = {**_scheduled(schedule, method), **settings}
     built = registry.build(method, settings)
     if restore not in (None, "never", "end", "every"):
-        raise SettingsError(
-            f"restore is {restore!r}; expected 'never', 'end', 'every' or None"
-        )
+        raise SettingsError(f"restore is {restore!r}; expected 'never', 'end', 'every' or None")
     installation = _installed(model)
     host = hosts.find(model) if installation is None else installation.host
     fitting = _fitting(host, built, where, restore)
@@ -262,9 +260,7 @@ def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjust
             f"{before.slug} has parameters of its own, which new settings would discard; remove "
             "it and apply it again"
         )
-    installation.fittings[places[0]] = _fitting(
-        before.host, changed, before.where, before.restore
-    )
+    installation.fittings[places[0]] = _fitting(before.host, changed, before.where, before.restore)
     installation.refresh()
     return Adjustment(installation, before)
 
@@ -388,7 +384,9 @@ def _installed(model: nn.Module) -> _Installation | None:
 def _expect(model: nn.Module) -> _Installation:
     installation = _installed(model)
     if installation is None:
-        raise FitError(f"nothing is fitted to this {type(model).__name__}; call transom.apply first")
+        raise FitError(
+            f"nothing is fitted to this {type(model).__name__}; call transom.apply first"
+        )
     return installation
 
 
@@ -418,7 +416,12 @@ def _chosen(where: Where, depth: int) -> list[int] | None:
     if isinstance(where, slice):
         chosen = list(range(depth))[where]
     else:
-        given = [where] if isinstance(where, int) else list(where)
+        given: Any = [where] if isinstance(where, int) else where
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise SettingsError(
+                f"where is {where!r}; expected an index, a sequence of them, a slice, or None"
+            )
+        given = list(given)
         wrong = [i for i in given if not isinstance(i, int) or not -depth <= i < depth]
         if wrong:
             raise SettingsError(
