@@ -53,10 +53,9 @@ class Answer:
         m = self.module
         batch, count, _ = x.shape
         if m.qkv is None:
-            q, k, v = (
-                project(x).reshape(batch, count, -1, m.head_dim).transpose(1, 2)
-                for project in (m.q_proj, m.k_proj, m.v_proj)
-            )
+            q, k, v = (project(x) for project in (m.q_proj, m.k_proj, m.v_proj))
+            width = q.shape[-1] // m.num_heads  # k and v may have fewer heads
+            q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k, v))
             return q, k, v
         if getattr(m, "q_bias", None) is None:
             qkv = m.qkv(x)
@@ -91,7 +90,7 @@ class Standard(Answer):
     """Answers for timm's Attention."""
 
     known = COMMON
-    needed = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "head_dim", "scale")
+    needed = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "scale")
 
     def answer(
         self, x: Tensor, ask: Ask, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -108,7 +107,7 @@ class Rotary(Answer):
     """Answers for AttentionRope and EvaAttention; rotations follow their tokens."""
 
     known = (*COMMON, "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
-    needed = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "head_dim", "num_prefix_tokens")
+    needed = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "scale", "num_prefix_tokens")
 
     def answer(
         self,

@@ -177,7 +177,7 @@ class ParallelScalingBlock(TimmBlock):
         *("sub_norm", "lambda_a", "lambda_b"),
         *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"),
     )
-    needed = ("in_norm", "in_proj", "in_split", "q_norm", "k_norm", "out_proj", "ls", "drop_path")
+    needed = ("in_norm", "in_proj", "in_split", "q_norm", "k_norm", "ls", "drop_path")
 
     def _attentions(self) -> Iterator[tuple[str, nn.Module]]:
         return iter(())
@@ -202,7 +202,7 @@ class ParallelScalingBlock(TimmBlock):
             hidden = hidden + m.mlp_bias
         out = self._heads(q, k, v, ask, attn_mask).transpose(1, 2).flatten(2)
         hidden = m.mlp_drop(m.mlp_act(hidden))
-        if m.out_proj is not None:
+        if getattr(m, "out_proj", None) is not None:
             return m.out_proj(torch.cat([out, hidden], -1))
         return m.attn_out_proj(out) + m.mlp_out_proj(hidden)
 

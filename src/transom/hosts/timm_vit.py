@@ -149,11 +149,11 @@ def _sizes(root: Any) -> tuple[tuple[int, int], tuple[int, int] | None]:
 
 
 def _channels(root: Any) -> int:
-    channels = getattr(root, "in_chans", None)
-    if channels is None:
-        convs = (m for m in root.patch_embed.modules() if isinstance(m, nn.Conv2d))
-        channels = next(convs).in_channels
-    return int(channels)
+    embed = root.patch_embed if hasattr(root, "patch_embed") else root.embeds
+    for holder in (root, embed):
+        if hasattr(holder, "in_chans"):
+            return int(holder.in_chans)
+    return next(m for m in embed.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 def _follows(root: Any, views: list[TimmBlock]) -> bool:
