@@ -31,9 +31,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("pitome", {"ratio": 0.975}),
     ("pitome", {"ratio": 0.945}),
     ("pitome", {"ratio": 0.89}),
-    ("evit", {"keep_rate": 0.9, "fuse_token": True}),
-    ("evit", {"keep_rate": 0.7, "fuse_token": True}),
-    ("evit", {"keep_rate": 0.5, "fuse_token": True}),
+    ("evit", {"keep_rate": 0.9}),
+    ("evit", {"keep_rate": 0.7}),
+    ("evit", {"keep_rate": 0.5}),
     ("random", {"keep_rate": 0.9}),
     ("random", {"keep_rate": 0.7}),
     ("random", {"keep_rate": 0.5}),
@@ -79,10 +79,11 @@ def run(
         preprocessing_of(model.backbone),
         names=tuple(photo.name for photo in photos),
     )
+    given = [(slug, {**s, "seed": seed} if slug == "random" and seed else s) for slug, s in methods]
     comparison = compare(
         model,
         images,
-        [(slug, {**settings, **({"seed": seed} if slug == "random" else {})}) for slug, settings in methods],
+        given,
         target="backbone",
         restore="end",
         forward=tokens_and_maps,
@@ -91,6 +92,7 @@ def run(
         seconds=seconds,
         rounds=rounds,
         seed=seed,
+        control=False,  # random pruning has rows of its own here
         progress=progress,
         command=command,
     )
@@ -155,7 +157,7 @@ def pictures(
     for i, photo in enumerate(photos):
         shown = [Picture(photo.display, "photograph", photo=True)]
         shown += [
-            Picture(overlay(photo.display, maps[i, 0]), f"{name}: saliency", photo=True)
+            Picture(heat(photo.display, maps[i, 0]), f"{name}: saliency", photo=True)
             for name, maps, _ in columns
         ]
         for name, _, record in columns[1:]:
@@ -168,11 +170,13 @@ def pictures(
 
 
 def _name(slug: str, settings: dict[str, Any]) -> str:
-    return " ".join([slug, *(f"{k}={v}" for k, v in settings.items() if k != "fuse_token")])
+    return " ".join([slug, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def overlay(display: np.ndarray, saliency: Tensor) -> np.ndarray:
-    """A photograph uint8 (H, W, 3) that is dark and grey where saliency (H, W) is low."""
-    weight = saliency.clamp(0, 1).cpu().numpy()[..., None]
-    grey = display.mean(-1, keepdims=True) * 0.35
-    return np.asarray((display * weight + grey * (1 - weight)).round(), dtype=np.uint8)
+def heat(display: np.ndarray, saliency: Tensor) -> np.ndarray:
+    """Saliency (H, W) in [0, 1] as a colour map over the grey photograph, uint8 (H, W, 3)."""
+    from matplotlib import colormaps
+
+    colours = colormaps["magma"](saliency.clamp(0, 1).cpu().numpy())[..., :3] * 255
+    grey = display.mean(-1, keepdims=True)
+    return np.asarray((0.75 * colours + 0.25 * grey).round(), dtype=np.uint8)
