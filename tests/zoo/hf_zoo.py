@@ -75,13 +75,17 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def configured(config: str, **changes: Any) -> Any:
-    """A configuration of transformers with those of SETTINGS that it knows."""
+    """A configuration of transformers with those of SETTINGS that it knows.
+
+    A change to None leaves a setting as transformers has it.
+    """
     import transformers
 
     known = getattr(transformers, config)
     names = {*inspect.signature(known).parameters, "num_labels"}
     chosen = {name: value for name, value in SETTINGS.items() if name in names}
-    return known(**{**chosen, **changes})
+    chosen.update(changes)
+    return known(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def one(model: str, config: str, **changes: Any) -> nn.Module:
@@ -287,7 +291,10 @@ FAMILIES: dict[str, Family] = {
         ),
         pairs,
     ),
-    "Pixtral": Family(partial(one, "PixtralVisionModel", "PixtralVisionConfig"), images),
+    # one image a row instead of one sequence, so dropout would draw other numbers
+    "Pixtral": Family(
+        partial(one, "PixtralVisionModel", "PixtralVisionConfig", attention_dropout=0.0), images
+    ),
     "AST": Family(
         partial(
             one,
@@ -307,6 +314,7 @@ FAMILIES: dict[str, Family] = {
             "YolosConfig",
             image_size=[SIZE, SIZE],
             num_detection_tokens=5,
+            hidden_dropout_prob=0.0,  # it would fall on tokens in another order
             use_mid_position_embeddings=False,
         ),
         images,
@@ -318,6 +326,7 @@ FAMILIES: dict[str, Family] = {
             "YolosConfig",
             image_size=[SIZE, SIZE],
             num_detection_tokens=5,
+            hidden_dropout_prob=0.0,  # it would fall on tokens in another order
             use_mid_position_embeddings=True,
         ),
         images,
@@ -379,7 +388,6 @@ FAMILIES: dict[str, Family] = {
     "MetaCLIP 2": Family(partial(one, "MetaClip2VisionModel", "MetaClip2VisionConfig"), images),
     "CLIPSeg": Family(partial(one, "CLIPSegVisionModel", "CLIPSegVisionConfig"), images),
     "OWL-ViT": Family(partial(one, "OwlViTVisionModel", "OwlViTVisionConfig"), images),
-    "Idefics2": Family(partial(one, "Idefics2VisionTransformer", "Idefics2VisionConfig"), images),
     "Pixio": Family(partial(one, "PixioModel", "PixioConfig"), images),
     "VitPose backbone": Family(
         partial(
@@ -392,6 +400,8 @@ FAMILIES: dict[str, Family] = {
         ),
         images,
     ),
+    "OWLv2": Family(partial(one, "Owlv2VisionModel", "Owlv2VisionConfig"), images),
+    "Sapiens2": Family(partial(one, "Sapiens2Model", "Sapiens2Config"), images),
     "BERT": Family(partial(one, "BertModel", "BertConfig", **WORDS), text),
     "BERT classifier": Family(
         partial(one, "BertForSequenceClassification", "BertConfig", **WORDS), text
@@ -417,4 +427,115 @@ FAMILIES: dict[str, Family] = {
     "ELECTRA": Family(
         partial(one, "ElectraModel", "ElectraConfig", embedding_size=16, **WORDS), text
     ),
+    "ERNIE": Family(partial(one, "ErnieModel", "ErnieConfig", **WORDS), text),
+    "LayoutLM": Family(partial(one, "LayoutLMModel", "LayoutLMConfig", **WORDS), text),
+    "Swin": Family(
+        partial(
+            one,
+            "SwinModel",
+            "SwinConfig",
+            image_size=64,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+        ),
+        images,
+        "stages or windows",
+    ),
+    "SAM": Family(
+        partial(
+            one,
+            "SamVisionModel",
+            "SamVisionConfig",
+            image_size=64,
+            window_size=2,
+            global_attn_indexes=[1],
+            output_channels=16,
+            mlp_ratio=2.0,
+        ),
+        images,
+        "patch embeddings",
+    ),
+    "BLIP": Family(
+        partial(one, "BlipVisionModel", "BlipVisionConfig"), images, "separate projections"
+    ),
+    "data2vec vision": Family(
+        partial(one, "Data2VecVisionModel", "Data2VecVisionConfig"),
+        images,
+        "does not go through the attention interface",
+    ),
+    "X-CLIP": Family(
+        partial(one, "XCLIPVisionModel", "XCLIPVisionConfig", num_frames=4), images, "message_attn"
+    ),
+    "ViLT": Family(partial(one, "ViltModel", "ViltConfig"), images, "text_embeddings"),
+    "FLAVA": Family(
+        partial(one, "FlavaImageModel", "FlavaImageConfig"), images, "changes the sequence"
+    ),
+    "EoMT": Family(
+        partial(one, "EomtForUniversalSegmentation", "EomtConfig", num_blocks=1, num_queries=4),
+        images,
+        "changes the sequence",
+    ),
+    "TimeSformer": Family(
+        partial(one, "TimesformerModel", "TimesformerConfig", num_frames=4, drop_path_rate=None),
+        video,
+        "pos_drop",
+    ),
+    "ConvNeXt": Family(
+        partial(one, "ConvNextModel", "ConvNextConfig"), images, "0 stacks of layers"
+    ),
+    "DeBERTa": Family(
+        partial(one, "DebertaModel", "DebertaConfig", vocab_size=64), text, "separate projections"
+    ),
+    "ALBERT": Family(
+        partial(one, "AlbertModel", "AlbertConfig", embedding_size=16, **WORDS), text, "LayerNorm"
+    ),
+    "BigBird": Family(
+        partial(one, "BigBirdModel", "BigBirdConfig", **WORDS),
+        text,
+        "does not go through the attention interface",
+    ),
+    "Longformer": Family(
+        partial(one, "LongformerModel", "LongformerConfig", attention_window=4, **WORDS),
+        text,
+        "key_global",
+    ),
+    "ESM": Family(
+        partial(one, "EsmModel", "EsmConfig", vocab_size=64, pad_token_id=1, mask_token_id=3),
+        text,
+        "LayerNorm",
+    ),
+    "RoFormer": Family(
+        partial(one, "RoFormerModel", "RoFormerConfig", **WORDS),
+        text,
+        "does not go through the attention interface",
+    ),
+    "ModernBERT": Family(
+        partial(one, "ModernBertModel", "ModernBertConfig", **WORDS), text, "word embeddings"
+    ),
+    "BERT as a decoder": Family(
+        partial(one, "BertModel", "BertConfig", is_decoder=True, **WORDS), text, "decoder"
+    ),
+    "T5 encoder": Family(
+        partial(
+            one,
+            "T5EncoderModel",
+            "T5Config",
+            vocab_size=64,
+            d_model=32,
+            num_layers=2,
+            num_heads=4,
+            d_kv=8,
+            d_ff=64,
+        ),
+        text,
+        "word embeddings",
+    ),
+    "Llama": Family(partial(one, "LlamaModel", "LlamaConfig", **LANGUAGE), text, "word embeddings"),
 }
+
+FITS = [name for name, family in FAMILIES.items() if not family.refused]
+REFUSED = [name for name, family in FAMILIES.items() if family.refused]
+TEXT = [name for name in FITS if FAMILIES[name].inputs is text]

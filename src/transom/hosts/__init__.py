@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from transom.errors import HostError
-from transom.hosts import hf_text, hf_vision, multihead, refused, timm_vit
+from transom.hosts import hf_common, hf_text, hf_vision, multihead, refused, timm_vit
 from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
@@ -40,10 +40,11 @@ def find(model: nn.Module) -> Host:
     if not hosts:
         raise HostError(
             refused.reason(model)
+            or hf_common.reason(model)
             or f"{type(model).__name__} is not a supported host. Supported are timm's "
             "VisionTransformer and what is built on it, Eva, Beit, Cait, NaFlexVit and relative-"
             "position ViTs, torchvision's VisionTransformer, the image towers of open_clip and "
-            "CLIP, and transformers' ViT, DeiT, DINOv2, CLIP vision and SigLIP vision models"
+            "CLIP, and transformers' encoders of images, video, sound and text"
         )
     if len(hosts) > 1:
         names = [host.name or type(host.root).__name__ for host in hosts]

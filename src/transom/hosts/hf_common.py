@@ -443,3 +443,19 @@ def stack(root: nn.Module) -> tuple[str, nn.Module]:
             "stages or windows are not supported"
         )
     return stacks[0]
+
+
+def reason(model: nn.Module) -> str | None:
+    """Why a model of transformers in which no encoder was found is no host; None for others."""
+    from transformers import PreTrainedModel
+
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not inside:
+        return None
+    return (
+        f"{type(model).__name__} is not a supported host: in {type(inside[0]).__name__} there is "
+        "no module whose `embeddings` hold patch embeddings or word embeddings beside one "
+        f"nn.ModuleList of layers with {' or '.join(map(repr, ATTENTION))}. Of transformers, "
+        "encoders of images, video, sound and text with plain global attention are supported; "
+        "decoders, windows and stages are not"
+    )
