@@ -292,6 +292,44 @@ def papers(
     console.print(f"{len(found)} papers, {sum(c.slug in methods for c in found)} of them work")
 
 
+@app.command()
+def hosts(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Only families with all of these words.")
+    ] = None,
+    why: Annotated[bool, typer.Option("--why", help="Show the reasons in full.")] = False,
+) -> None:
+    """List the model families that were tried as hosts, slot by slot.
+
+    The table is the outcome of running each family, built small, with the versions it names.
+    """
+    from importlib import resources
+
+    text = resources.files("transom").joinpath("data/hosts.json").read_text(encoding="utf-8")
+    content = json.loads(text)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("library", "family", "tokens", "attention"):
+        table.add_column(name, no_wrap=not why, overflow="ellipsis")
+    wanted = [word.lower() for word in words or []]
+    rows = [
+        row
+        for row in content["families"]
+        if all(word in f"{row['library']} {row['family']} {row['model']}".lower() for word in wanted)
+    ]
+    for row in rows:
+        slots = [
+            "[green]fits[/]" if row[slot] == "fits" else f"[yellow]refused[/] {escape(row[slot])}"
+            for slot in ("tokens", "attention")
+        ]
+        table.add_row(row["library"], row["family"], *(s if why else s.split("[/] ")[0] for s in slots))
+    if not rows:
+        raise TransomError(f"no family matches {' '.join(wanted)!r}")
+    console.print(table)
+    fits = sum(row["tokens"] == "fits" for row in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    console.print(f"{fits} of {len(rows)} families fit; tried with {versions}", highlight=False)
+
+
 def _show(card: Any, method: Any) -> None:
     import dataclasses
 
