@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import transom
-from tests.common.cases import anatomy, same
+from tests.common.cases import METHODS, anatomy, same, strongest
 from tests.common.hosts import tensors
 from tests.common.probes import WriteOut
 from tests.zoo.timm_zoo import (
@@ -26,7 +28,7 @@ from tests.zoo.timm_zoo import (
     own,
     randomised,
 )
-from transom.errors import HostError, TokensError
+from transom.errors import FitError, HostError, TokensError
 from transom.hosts import Host
 from transom.registry import Method
 from transom.slots import Ask, Fill
@@ -277,6 +279,94 @@ def test_positions_follow_their_tokens(family: str) -> None:
     for one in range(len(h)):
         expected = _manual(model, block, h[one], home, front, 1)
         torch.testing.assert_close(got[one], expected, atol=1e-10, rtol=1e-10)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Token step: keeps the attention of the class token; changes nothing."""
+
+    seen: list[Tensor]
+
+    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
+        self.seen.append(attended.class_row())
+        return tokens
+
+
+@pytest.mark.parametrize("family", ["vit-differential", "vit-things-differential", "beit-both"])
+@torch.no_grad()
+def test_class_row_is_what_the_class_token_gets(family: str) -> None:
+    """Values that tell tokens apart show how much of each reaches the class token."""
+    model: Any = own(FITS[family]).double()
+    seen: list[Tensor] = []
+    transom.apply(model, Probe((Note(seen),), drops=False), check=False)
+    x = images(1).double()
+    first = model.blocks[0]
+    attention = [b.attn for b in first.attns] if hasattr(first, "attns") else [first.attn]
+    total = TOTAL + 1
+    expected = torch.zeros(total, dtype=torch.float64)
+    for m in attention:
+        h: list[Tensor] = []
+        m.register_forward_hook(lambda m, args, out, h=h: h.append(args[0]))
+        run(model, x)
+        q, k, _ = m.qkv(h[0][0]).chunk(3, -1)
+        if family == "beit-both":
+            bias = torch.cat([m.q_bias, m.k_bias, m.v_bias])
+            q, k, _ = (m.qkv(h[0][0]) + bias).chunk(3, -1)
+        heads = m.num_heads * (1 if family == "beit-both" else 2)
+        q, k = (t.reshape(total, heads, -1).transpose(0, 1) for t in (q, k))
+        if family != "beit-both":
+            q, k = m.q_norm(q), m.k_norm(k)
+        logits = q[:, :1] @ k.mT * m.scale
+        if family == "beit-both":
+            logits = logits + (m._get_rel_pos_bias() + model.rel_pos_bias())[0, :, :1]
+            probs = logits.softmax(-1)
+        else:
+            one, two = logits.softmax(-1).unflatten(0, (-1, 2)).unbind(1)
+            probs = one - m._compute_lambda() * two
+        expected += probs.mean(0)[0] / len(attention)
+    torch.testing.assert_close(seen[0][0], expected, atol=1e-12, rtol=1e-10)
+
+
+SOME = (
+    *("vit-parallel-scaling", "vit-parallel-things", "vit-differential", "dinov3", "rope-mixed"),
+    *("beit-both", "relpos-mlp", "naflex-map", "cait", "torchvision-vit", "openai-clip-form"),
+)
+
+
+@pytest.mark.parametrize("restore", [None, "never", "end", "every"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "slice")])
+@torch.no_grad()
+def test_every_method_runs(method: str, restore: Any) -> None:
+    """And an image does not depend on its batch, wherever tokens are restored."""
+    for family in SOME:
+        if family == "naflex-map" and restore == "never":
+            continue  # it lays its tokens out again
+        model, x = own(FITS[family]), images()
+        expected = run(model, x)
+        try:
+            transom.apply(model, method, restore=restore, **strongest(method, DEPTH, TOTAL))
+        except FitError:
+            continue
+        got = run(model, x)
+        assert 1e-3 < far(got, expected) < 100
+        assert far(run(model, x[1:]), [t[1:] for t in got]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FITS)
+@torch.no_grad()
+def test_copies_and_compiles(family: str) -> None:
+    model, x = own(FITS[family]), images()
+    transom.apply(model, "tome", r=REDUCED, check=False)
+    expected = run(model, x)
+    for double in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert same(run(double, x), expected)
+        transom.remove(double)
+        assert not transom.fittings(double)
+    torch._dynamo.reset()
+    encode = getattr(model, "encode_image", model)
+    compiled = torch.compile(encode, backend="eager", fullgraph=True)
+    assert far(tensors(compiled(x)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", REFUSED)
