@@ -95,9 +95,12 @@ def bipartite(metric: Tensor, valid: Tensor, r: int, prefix: int = 0) -> Matchin
     Returns:
         A matching with M = N - min(r, (N - prefix) // 2).
     """
-    found = real(valid)
     count = metric.shape[1]
     most = max(0, min(r, (count - prefix) // 2))
+    if count < 2:  # a single token has no partner
+        stay = torch.arange(count, device=metric.device).expand(len(metric), -1)
+        return Matching(stay, stay[:, :0], stay[:, :0])
+    found = real(valid)
     each = ((found.amount - prefix) // 2).clamp(0, most)
     metric = unit(rows.take(metric, found.order))
     scores = metric[:, ::2] @ metric[:, 1::2].mT
