@@ -76,6 +76,20 @@ def timm_distilled(**changes: Any) -> nn.Module:
     return timm_vit(VisionTransformerDistilled, **changes)
 
 
+def timm_block(name: str, **changes: Any) -> nn.Module:
+    """A VisionTransformer made of another of timm's blocks."""
+    from timm.models import vision_transformer
+
+    return timm_vit(block_fn=getattr(vision_transformer, name), **changes)
+
+
+def timm_rotary(**changes: Any) -> nn.Module:
+    """timm's Eva: positions enter each attention."""
+    from timm.models.eva import Eva
+
+    return timm_vit(Eva, use_rot_pos_emb=True, use_abs_pos_emb=False, **changes)
+
+
 def hf(model: str, config: str, **changes: Any) -> nn.Module:
     """A vision model of transformers by the names of its classes; the rest is its configuration."""
     import transformers
@@ -142,6 +156,9 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "timm-gated": timm_gated,
     "timm-distilled": timm_distilled,
     "timm-dynamic": partial(timm_vit, dynamic_img_size=True),
+    "timm-post-norm": partial(timm_block, "ResPostBlock", init_values=0.5),
+    "timm-parallel": partial(timm_block, "ParallelScalingBlock", init_values=0.5),
+    "timm-rotary": timm_rotary,
     "timm-wide": partial(timm_vit, img_size=(32, 48), num_classes=0, global_pool=""),
     "hf-vit": partial(hf, *VIT),
     "hf-deit": partial(hf, *DEIT),

@@ -332,6 +332,10 @@ def test_fewer_tokens_than_settings_remove() -> None:
     with transom.trace(model) as trace:
         call(model, X)
     assert trace.lengths == [9, 5, 3]
+    alone = transom.apply(HOSTS["timm-average"](depth=6), MERGES, r=1000)
+    with transom.trace(alone) as trace:
+        call(alone, X)
+    assert trace.lengths == [8, 4, 2, 1, 1, 1]
     transom.adjust(model, kth=1000)
     with pytest.raises(TokensError, match="kth is 1000, but only 16 patch tokens"):
         call(model, X)
