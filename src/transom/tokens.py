@@ -124,8 +124,10 @@ class Tokens:
             one = valid.to(torch.float32)[..., None]
             weight = (one if weight is None else weight * one).clamp(min=1e-30)
             size = one if size is None else size * one
-        x = merging.merge(self.x, matching, "mean", weight)
-        return self._after(x, matching, merging.merged_size(size, matching, torch.float32))
+        total = merging.merged_size(size, matching, torch.float32)
+        same = weight is size
+        x = merging.merge(self.x, matching, "mean", weight, total if same else None)
+        return self._after(x, matching, total)
 
     def keep(self, index: Tensor) -> Tokens:
         """Only the tokens at `index` (B, K) stay, in that order; the others are dropped."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transom.ops import rows
+
 
 class Matching(NamedTuple):
     """Tokens that stay, tokens that leave, and where those go.
@@ -179,9 +181,7 @@ def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
 
 def _best(metric: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """For each token of `a` the highest cosine with a token of `b`, and which one it is."""
-    metric = unit(metric)
-    rows = torch.arange(metric.shape[0], device=metric.device)[:, None]
-    similarity, partner = (metric[rows, a] @ metric[rows, b].mT).max(-1)
+    similarity, partner = (unit(rows.take(metric, a)) @ unit(rows.take(metric, b)).mT).max(-1)
     return similarity, partner
 
 

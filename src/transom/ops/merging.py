@@ -42,7 +42,11 @@ def merged_size(size: Tensor | None, matching: Matching, dtype: torch.dtype) -> 
 
 
 def merge(
-    x: Tensor, matching: Matching, mode: Mode = "mean", size: Tensor | None = None
+    x: Tensor,
+    matching: Matching,
+    mode: Mode = "mean",
+    size: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Merge the sources of a matching into the tokens that stay.
 
@@ -51,6 +55,7 @@ def merge(
         matching: of N tokens.
         mode: "mean" over a destination and its sources, "sum", or "max".
         size: (B, N, 1) weights of the mean; None for equal weights.
+        total: (B, M, 1) of `merged_size` for these weights, if it is there already.
 
     Returns:
         (B, M, D).
@@ -63,10 +68,11 @@ def merge(
         index = matching.into[..., None].expand_as(source)
         return kept.scatter_reduce(1, index, source, "amax", include_self=True)
     precise = torch.promote_types(x.dtype, torch.float32)
-    total = merged_size(size, matching, precise).gather(1, matching.into[..., None])
-    share = 1 / total
+    if total is None:
+        total = merged_size(size, matching, precise)
+    share = total.gather(1, matching.into[..., None]).to(precise).reciprocal()
     if size is not None:
-        share = size.gather(1, matching.source[..., None]) / total
+        share = size.gather(1, matching.source[..., None]) * share
     change = (source - rows.take(kept, matching.into)) * share.to(x.dtype)
     return rows.add_(kept, matching.into, change)
 

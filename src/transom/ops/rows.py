@@ -13,6 +13,8 @@ from torch import Tensor
 
 def _flat(index: Tensor, rows: int) -> Tensor:
     """(B, K) positions within each batch item -> (B*K,) positions in the flattened batch."""
+    if index.shape[0] == 1:
+        return index.reshape(-1)
     start = torch.arange(index.shape[0], device=index.device) * rows
     return (index + start[:, None]).reshape(-1)
 
