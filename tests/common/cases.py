@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import transom
-from tests.common.hosts import DEPTH, HOSTS
+from tests.common.hosts import DEPTH, HOSTS, call, images
 from transom import registry
 from transom.errors import FitError
 
@@ -102,3 +104,17 @@ class Same:
 
 def _plain(value: Any) -> bool:
     return isinstance(value, int | float | str | tuple | dict | None)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, x: Tensor | None = None) -> Iterator[None]:
+    """Assert that nothing about a model, nor what it makes of x, changes in this context."""
+    x = images("timm-class") if x is None else x
+    before, keys = anatomy(model), list(model.state_dict())
+    with torch.no_grad():
+        out = call(model, x)
+    yield
+    assert anatomy(model) == before
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert same(call(model, x), out)

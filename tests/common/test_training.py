@@ -16,6 +16,9 @@ from tests.common.cases import DROPS, MERGES, METHODS, close, fitted, same
 from tests.common.hosts import HOSTS, call, hf, images, timm_vit
 from tests.common.probes import Listen, WriteOut
 
+# later releases of transformers have another name for it, which earlier ones do not know
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+
 NOISY = {
     "timm": partial(
         timm_vit,
