@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transom.errors import HostError
 from transom.slots import BlockView, RestoringStack
 
-
 Reads = Literal["class token", "pooled", "tokens", "maps"]
 Modality = Literal["image", "video", "audio", "text"]
 
