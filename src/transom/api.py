@@ -464,7 +464,9 @@ def _install(host: Host) -> _Installation:
             "or nn.ModuleList"
         )
     for view in host.views:
-        if "forward" in view.module.__dict__:
+        own = view.module.__dict__.get("forward")
+        # some libraries leave the class's own forward there, bound
+        if own is not None and getattr(own, "__func__", None) is not type(view.module).forward:
             raise HostError(
                 f"a block ({type(view.module).__name__}) has a forward of its own put over it, "
                 "for example by accelerate; remove that first, transom would switch it off"

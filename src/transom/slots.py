@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -146,43 +146,58 @@ class Fill:
         )
 
 
-class BlockView(Protocol):
-    """One block of a host as its adapter sees it.
+class BlockView(ABC):
+    """One block of a host as its adapter sees it. The defaults are those of a pre-norm block."""
 
-    Four more parts are optional, for blocks that differ from the pre-norm form:
+    module: Any
 
-    - `join1(x, y)`, `join2(x, y)`: how the attention and the ffn branch y meet the stream x, both
-      (B, N, D); x + y by default. A post-norm block normalises here;
-    - `arrive(x, ...)`, `depart(x, ...)`, with the other arguments of the block: what the host's
-      loop hands to it as tokens with the prefix in front (B, N, D), and back as the loop expects
-      it (another order, several images in one sequence, a tuple); x by default.
-    """
-
-    module: nn.Module
-
+    @abstractmethod
     def norm1(self, x: Tensor) -> Tensor:
         """Norm before attention."""
 
+    @abstractmethod
     def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
         """Attention of the host, projection included, with what is asked."""
 
+    @abstractmethod
     def residual1(self, y: Tensor) -> Tensor:
         """What the host does to the attention branch before it is added."""
 
+    @abstractmethod
     def norm2(self, x: Tensor) -> Tensor:
         """Norm before the ffn."""
 
+    @abstractmethod
     def ffn(self, h: Tensor) -> Tensor:
         """Feed-forward network."""
 
+    @abstractmethod
     def residual2(self, y: Tensor) -> Tensor:
         """What the host does to the ffn branch before it is added."""
 
+    def join1(self, x: Tensor, y: Tensor) -> Tensor:
+        """How the attention branch y meets the stream x, both (B, N, D); post-norm happens here."""
+        return x + y
+
+    def join2(self, x: Tensor, y: Tensor) -> Tensor:
+        """How the ffn branch y meets the stream x, both (B, N, D)."""
+        return x + y
+
+    def arrive(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the host's loop hands to the block, as tokens (B, N, D) with the prefix in front."""
+        return x
+
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Tokens (B, N, D) as the host's loop expects them back: another order, a tuple."""
+        return x
+
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """(B, N) bool, False for padding, from the arguments of the block; None without any."""
+        return None
 
     def checkpoint(self) -> Callable[..., Any] | None:
         """The host's own gradient checkpointing of this block, when it is switched on."""
+        return None
 
 
 class Trace:
@@ -413,10 +428,7 @@ class BlockFlow:
 
     def _run(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         view, fill, i = self.view, self.fill, self.place
-        join1 = getattr(view, "join1", operator.add)
-        join2 = getattr(view, "join2", operator.add)
-        if hasattr(view, "arrive"):
-            x = view.arrive(x, *args, **kwargs)
+        x = view.arrive(x, *args, **kwargs)
         record = call.enter(i, x, lambda: view.valid(*args, **kwargs))
         full = x  # what the host's loop carries, when that is the full sequence
         count = call.counts[i]
@@ -433,7 +445,7 @@ class BlockFlow:
         size = record.size if fill.size_bias else None
         if size is not None or not ask.plain:
             ask.bias = attention.key_bias(size, record.valid, x.dtype)
-        x = join1(x, view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs)))
+        x = view.join1(x, view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs)))
         if not (ask.plain or ask.answered):
             raise HostError(
                 f"the attention of {self.name} did not take notice of what is fitted; its class "
@@ -449,10 +461,9 @@ class BlockFlow:
         x, left = tokens.x, tokens.record
         del ask, tokens  # q, k and the longer sequence need not live through the ffn
         if not self.state.parallel:
-            x = join2(x, view.residual2(view.ffn(view.norm2(x))))
+            x = view.join2(x, view.residual2(view.ffn(view.norm2(x))))
         call.leave(i, record, Tokens(x, left))
-        x = self._shown(call, x, left, full)
-        return view.depart(x, *args, **kwargs) if hasattr(view, "depart") else x
+        return view.depart(self._shown(call, x, left, full), *args, **kwargs)
 
     def _shown(self, call: Call, x: Tensor, record: Record, full: Tensor) -> Tensor:
         """What the host's loop gets to see of x."""

@@ -9,9 +9,11 @@ nothing but the three projections. Tested with transformers 5.23.
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, parts, put
 from transom.ops import rows
-from transom.slots import Ask, FittedStack
+from transom.slots import Ask, BlockView, FittedStack
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -147,6 +149,23 @@ class OwnAttention:
         return (m.o(out) if hasattr(m, "o") else out), None
 
 
+class OwnWrapper:
+    """Forward of what wraps an attention, for modules that would hand nothing through."""
+
+    def __init__(self, module: nn.Module, inner: str) -> None:
+        self.module = module
+        self.inner = inner
+
+    def __call__(
+        self, hidden_states: Tensor, *args: Any, transom: Carried | None = None, **kwargs: Any
+    ) -> Any:
+        m: Any = self.module
+        if transom is None:
+            return type(m).forward(m, hidden_states, *args, **kwargs)
+        context = first(getattr(m, self.inner)(hidden_states, transom=transom))
+        return m.output(context, hidden_states)
+
+
 def projections(attention: nn.Module) -> tuple[str, ...]:
     """Names of the projections to q, k and v; empty when there are no such three."""
     children = dict(attention.named_children())
@@ -164,6 +183,7 @@ class Reach:
         takes: names of the outer attention's arguments.
         masks: whether it takes a mask.
         replaced: whether the inner one gets a forward of ours.
+        wrapped: whether the outer one does, because it would hand nothing through.
     """
 
     def __init__(self, block: nn.Module, name: str) -> None:
@@ -184,12 +204,16 @@ class Reach:
             self.masks |= "attention_mask" in arguments(inner)[0]
         _check(inner, name)
         carriers = _carriers(outer)
+        closed = set(self.takes) <= {"output_attentions"} and hasattr(outer, "output")
+        self.wrapped = bool(self.inner) and not carriers and closed
+        if self.wrapped:
+            carriers = ["transom"]
         if self.inner:
             carriers = [carrier for carrier in carriers if carrier in _carriers(inner)]
         self.replaced = not _dispatches(inner) or not carriers
         if self.replaced:
             _check_replaceable(inner, name)
-            carriers = _carriers(outer)
+            carriers = ["transom"] if self.wrapped else _carriers(outer)
         if not carriers:
             raise HostError(
                 f"{name} ({type(inner).__name__}) takes neither a mask nor further arguments, so "
@@ -204,11 +228,13 @@ class Reach:
 
     def install(self, block: nn.Module) -> Iterator[Change]:
         """Put transom between the block and its attention function."""
-        inner: Any = self.modules(block)[1]
+        outer, inner = self.modules(block)
+        if self.wrapped:
+            yield put(outer, "forward", OwnWrapper(outer, self.inner))
         if self.replaced:
             yield put(inner, "forward", OwnAttention(inner))
             return
-        own = copy.copy(inner.config)
+        own: Any = copy.copy(inner.config)
         own._attn_implementation_internal = f"transom_{_implementation(inner)}"
         yield put(inner, "config", own)
 
@@ -319,7 +345,7 @@ def follow(bias: Tensor, home: Tensor | None) -> Tensor:
     return chosen.permute(0, 3, 1, 2)  # (B, N, N, H) -> (B, H, N, N)
 
 
-class HfBlock:
+class HfBlock(BlockView):
     """View of a transformers layer: everything but the order of its norms.
 
     Attributes:
@@ -333,6 +359,7 @@ class HfBlock:
         self.reach = Reach(module, name)
         self.own, _ = arguments(module)
         self.bare = 0
+        self.returns_tuple = returns_tuple(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -394,6 +421,9 @@ class HfBlock:
         one = cos.new_ones(h.shape[1], cos.shape[-1])
         return (one, torch.zeros_like(one)), (cos[:, None], sin[:, None], half)
 
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (x,) if self.returns_tuple else x
+
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         mask = self.given(args, kwargs).get("attention_mask")
         if mask is None:
@@ -412,6 +442,43 @@ class HfBlock:
         if module.training and getattr(module, "gradient_checkpointing", False):
             return module._gradient_checkpointing_func
         return None
+
+
+def returns_tuple(block: nn.Module) -> bool:
+    """Whether the source of a block's forward ends by returning a tuple.
+
+    Annotations do not tell: some promise a tuple and return a tensor.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(type(block).forward))
+    except (OSError, TypeError):
+        return False  # the run inside apply will tell
+    names: dict[str, bool] = {}
+    answer = False
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            names[name] = names.get(name, False) or _is_tuple(node.value)
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        if isinstance(node, ast.Return) and node.value is not None:
+            value = node.value
+            answer = names.get(value.id, False) if isinstance(value, ast.Name) else _is_tuple(value)
+    return answer
+
+
+def _is_tuple(value: ast.expr) -> bool:
+    if isinstance(value, ast.BinOp):
+        return _is_tuple(value.left) or _is_tuple(value.right)
+    return isinstance(value, ast.Tuple)
+
+
+def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of transformers that have a configuration of their own, with their paths."""
+    from transformers import PreTrainedConfig
+
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            yield name, module
 
 
 def first(output: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts import hf_vision
 from transom.hosts.base import Change, Host, Reads, parts
-from transom.hosts.hf_common import HfBlock, register, stack
+from transom.hosts.hf_common import HfBlock, encoders, register, stack
 
 # Parts of a block whose attention and ffn close with a norm of their own, or beside them.
 CLOSING = ("attention", "intermediate", "output")
@@ -56,7 +56,6 @@ class PostNormBlock(HfBlock):
                 f"fits post-norm layers with the parts {list(CLOSING)} or {list(BESIDE)}"
             )
         parts(module, known, name)
-        self.returns_tuple = not hasattr(type(module), "gradient_checkpointing")
 
     def norm1(self, x: Tensor) -> Tensor:
         return x
@@ -82,9 +81,6 @@ class PostNormBlock(HfBlock):
         module: Any = self.module
         return module.output(y, x) if self.closing else module.output_layer_norm(y + x)
 
-    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (x,) if self.returns_tuple else x
-
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         valid = super().valid(*args, **kwargs)
         if valid is not None and not torch.compiler.is_compiling() and not valid[:, 0].all():
@@ -107,13 +103,7 @@ def find(model: nn.Module) -> Iterator[Host]:
     Raises:
         HostError: such an encoder is a decoder, or holds a part that is not known.
     """
-    from transformers import PreTrainedModel
-
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and _words(module)
-    ]
+    found = [(name, module) for name, module in encoders(model) if _words(module)]
     if not found or next(hf_vision.find(model), None) is not None:
         return
     for name, module in found:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, Host, Modality, Reads, example_pixels, parts, put
-from transom.hosts.hf_common import ATTENTION, HfBlock, first, register, role, stack
+from transom.hosts.hf_common import (
+    ATTENTION,
+    HfBlock,
+    arguments,
+    encoders,
+    first,
+    register,
+    role,
+    stack,
+)
 from transom.ops import attention
 from transom.slots import Ask
 
@@ -153,7 +162,10 @@ class TrailingTokensBlock(PreNormBlock):
         front, middle, end = x.tensor_split((self.front, x.shape[1] - self.behind), 1)
         return torch.cat([front, end, middle], 1)
 
-    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().depart(self._back(x))
+
+    def _back(self, x: Tensor) -> Tensor:
         front, end, middle = x.tensor_split((self.front, self.front + self.behind), 1)
         return torch.cat([front, middle, end], 1)
 
@@ -161,7 +173,7 @@ class TrailingTokensBlock(PreNormBlock):
         if not ask.plain:
             return super().attend(h, ask, *args, **kwargs)
         # in the host's own order, so that nothing changes where nothing is asked, not even rounding
-        return self.arrive(super().attend(self.depart(h), ask, *args, **kwargs))
+        return self.arrive(super().attend(self._back(h), ask, *args, **kwargs))
 
 
 class PackedBlock(PreNormBlock):
@@ -175,9 +187,9 @@ class PackedBlock(PreNormBlock):
         images = self.given(args, kwargs).get("attention_mask")
         return images.batch(x) if isinstance(images, Images) and len(x) == 1 else x
 
-    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         images = self.given(args, kwargs).get("attention_mask")
-        return images.sequence(x) if isinstance(images, Images) else x
+        return super().depart(images.sequence(x) if isinstance(images, Images) else x)
 
     def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
         given = self.given(args, kwargs)
@@ -251,10 +263,8 @@ def find(model: nn.Module) -> Iterator[Host]:
     Raises:
         HostError: such an encoder holds a part that is not known.
     """
-    from transformers import PreTrainedModel
-
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and (_patches(module) or _packs(module)):
+    for name, module in encoders(model):
+        if _patches(module) or _packs(module):
             yield _host(module, name, model)
 
 
@@ -337,8 +347,6 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
 
 def _reads(root: Any, model: nn.Module) -> Reads:
     """What is made of the tokens, as far as the classes of the model tell."""
-    from transformers.backbone_utils import BackboneMixin
-
     encoder = getattr(root, "encoder", None)
     between = getattr(encoder, "interpolation", None) is not None  # adds positions between blocks
     for module in model.modules():
@@ -346,7 +354,7 @@ def _reads(root: Any, model: nn.Module) -> Reads:
         layer = getattr(getattr(module, "config", None), "vision_feature_layer", None)
         if any(n in children for n in DENSE) or layer not in (None, -1):
             between = True
-    if between or isinstance(root, BackboneMixin):
+    if between or any(base.__name__ == "BackboneMixin" for base in type(root).__mro__):
         return "maps"
     kind = type(model).__name__
     if kind in CLASS_TOKEN_ONLY:
@@ -365,7 +373,7 @@ def _install(root: Any, views: list[PreNormBlock]) -> Iterator[Change]:
 def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:
     """Modality, grid at the host's own size, and what makes an example."""
     config = root.config
-    if root.main_input_name == "input_values":
+    if getattr(root, "main_input_name", "") == "input_values":
         grid = root.embeddings.get_shape(config)
         return "audio", grid, partial(_noise, root, (1, config.max_length, config.num_mel_bins))
     if hasattr(config, "num_frames"):
@@ -394,7 +402,10 @@ def _patched(root: Any, patch: tuple[int, int]) -> Mapping[str, Tensor]:
     shapes = torch.tensor([[side, side], [side, side - 1]], device=x.device)
     place = torch.arange(side * side, device=x.device)
     mask = (place < shapes.prod(-1)[:, None]).long()
-    return {"pixel_values": x, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    name = (
+        "pixel_attention_mask" if "pixel_attention_mask" in arguments(root)[0] else "attention_mask"
+    )
+    return {"pixel_values": x, name: mask, "spatial_shapes": shapes}
 
 
 def _masked(root: Any, size: tuple[int, int], grid: tuple[int, int]) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ towers are left alone: their attention is causal. Tested with torchvision 0.29 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from transom.hosts.base import (
     parts,
     put,
 )
-from transom.slots import Ask, FittedStack
+from transom.slots import Ask, BlockView, FittedStack
 
 # What a block may hold, in the order in which a branch is made.
 BLOCK = (
@@ -75,7 +75,7 @@ class MultiheadAnswer:
         return m.out_drop(m.out_proj(m.ln_inner(out.transpose(1, 2).flatten(2))))
 
 
-class MultiheadBlock:
+class MultiheadBlock(BlockView):
     """View of a residual block."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -141,20 +141,14 @@ class MultiheadBlock:
             y = getattr(self.module, name)(y)
         return y
 
-    def valid(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    def checkpoint(self) -> Callable[..., Any] | None:
-        return None  # open_clip checkpoints in the loop around its blocks
-
 
 class SequenceFirstBlock(MultiheadBlock):
     """View of a residual block that takes (N, B, D)."""
 
-    def arrive(self, x: Tensor) -> Tensor:
+    def arrive(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.transpose(0, 1)
 
-    def depart(self, x: Tensor) -> Tensor:
+    def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.transpose(0, 1)
 
     def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,7 +6,7 @@ Tested with timm 1.0.31.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +21,10 @@ from transom.hosts.timm_attention import (
     padding,
     refuse_mask,
 )
-from transom.slots import Ask
+from transom.slots import Ask, BlockView
 
 
-class TimmBlock:
+class TimmBlock(BlockView):
     """View of a pre-norm block.
 
     Block, EvaBlock, RelPosBlock, Beit's Block, LayerScaleBlock, DeepseekVitBlock. What scales a
@@ -97,9 +97,6 @@ class TimmBlock:
     def valid(self, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         valid = None if attn_mask is None else padding(attn_mask)
         return None if valid is None or valid.all() else valid
-
-    def checkpoint(self) -> Callable[..., Any] | None:
-        return None  # timm checkpoints in the loop around its blocks
 
 
 class ResPostBlock(TimmBlock):
