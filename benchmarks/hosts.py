@@ -24,10 +24,9 @@ from torch import Tensor, nn
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 
+import transom  # noqa: E402
 from tests.common.hosts import tensors  # noqa: E402
 from tests.zoo import hf_zoo, timm_zoo  # noqa: E402
-
-import transom  # noqa: E402
 from transom.errors import TransomError  # noqa: E402
 from transom.hosts.base import Host  # noqa: E402
 from transom.measure.environment import describe  # noqa: E402

@@ -79,7 +79,9 @@ def main() -> None:
             for way, time in times.items():
                 ratio = time.over(times["no bias"])[1]
                 rows.append([name, batch, way, f"{time.median_ms:.3f}", f"{ratio:.3f}"])
-                print(f"{name} batch {batch} {way:8} {time.median_ms:8.3f} ms  {ratio:.3f} of no bias")
+                print(
+                    f"{name} batch {batch} {way:8} {time.median_ms:8.3f} ms  {ratio:.3f} of no bias"
+                )
             for way, reason in failed.items():
                 rows.append([name, batch, way, "", reason])
                 print(f"{name} batch {batch} {way:8} failed: {reason}")

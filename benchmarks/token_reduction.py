@@ -23,9 +23,9 @@ import torch
 
 import transom
 from transom.hosts.base import Host
+from transom.measure.data import load_images
 from transom.measure.environment import describe
 from transom.measure.preprocessing import preprocessing_of
-from transom.measure.data import load_images
 from transom.ops import matching, reference
 from transom.papers.tokens.tome import ToMe
 from transom.registry import Method
@@ -123,7 +123,9 @@ def measure(name: str, batch: int, rounds: int, device: str) -> transom.measure.
         batch_size=batch,
         rounds=rounds,
         control=False,
-        progress=lambda row, done, total: print(f"  {done}/{total} {row.method} {row.label}", file=sys.stderr),
+        progress=lambda row, done, total: print(
+            f"  {done}/{total} {row.method} {row.label}", file=sys.stderr
+        ),
     )
 
 

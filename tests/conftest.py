@@ -16,9 +16,9 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> Iterator[None]:
-    """As many threads as the machine has cores, at most two: small models gain from no more."""
+    """Small models gain nothing from a second thread, and lose much where cores are shared."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

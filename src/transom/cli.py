@@ -190,8 +190,9 @@ def _scheduled(
         pays = break_even(model, data, (slug, found.settings), **rest)
         console.print(
             f"{slug}: {found.row.speedup[1]:.2f}x measured for a wished {speedup:g}x"
-            f"{'' if found.reached else ' (not reached; the fastest was taken)'}, faster than the "
-            f"plain host from batch size {pays if pays else 'none of 1 to 16'} on; written to {path}",
+            f"{'' if found.reached else ' (not reached; the fastest was taken)'}; "
+            + (f"faster than the plain host from batch {pays} on" if pays else "slower at batch 16")
+            + f"; written to {path}",
             highlight=False,
             soft_wrap=True,
         )
@@ -311,23 +312,24 @@ def hosts(
     for name in ("library", "family", "tokens", "attention"):
         table.add_column(name, no_wrap=not why, overflow="ellipsis")
     wanted = [word.lower() for word in words or []]
-    rows = [
-        row
-        for row in content["families"]
-        if all(word in f"{row['library']} {row['family']} {row['model']}".lower() for word in wanted)
-    ]
-    for row in rows:
-        slots = [
-            "[green]fits[/]" if row[slot] == "fits" else f"[yellow]refused[/] {escape(row[slot])}"
-            for slot in ("tokens", "attention")
-        ]
-        table.add_row(row["library"], row["family"], *(s if why else s.split("[/] ")[0] for s in slots))
+    rows = []
+    for row in content["families"]:
+        name = f"{row['library']} {row['family']} {row['model']}".lower()
+        if not all(word in name for word in wanted):
+            continue
+        rows.append(row)
+        slots = []
+        for slot in ("tokens", "attention"):
+            reason = f" {escape(row[slot])}" if why else ""
+            fits = row[slot] == "fits"
+            slots.append("[green]fits[/]" if fits else f"[yellow]refused[/]{reason}")
+        table.add_row(row["library"], row["family"], *slots)
     if not rows:
         raise TransomError(f"no family matches {' '.join(wanted)!r}")
     console.print(table)
-    fits = sum(row["tokens"] == "fits" for row in rows)
+    count = sum(row["tokens"] == "fits" for row in rows)
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    console.print(f"{fits} of {len(rows)} families fit; tried with {versions}", highlight=False)
+    console.print(f"{count} of {len(rows)} families fit; tried with {versions}", highlight=False)
 
 
 def _show(card: Any, method: Any) -> None:

@@ -122,9 +122,7 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> Callable[[], l
     program.save(str(path), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: example.cpu().numpy()}
 
     def run() -> list[Tensor]:

@@ -8,6 +8,7 @@ and measured again; of the patterns that reach the speed-up the most faithful on
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -220,7 +221,7 @@ def _measured(
 def _strength(points: Sequence[tuple[float, float]], wished: float) -> float:
     """Part to remove for the wished speed-up, by straight lines through measured points."""
     line = sorted([(0.0, 1.0), *points])
-    for (a, fast_a), (b, fast_b) in zip(line, line[1:], strict=False):
+    for (a, fast_a), (b, fast_b) in itertools.pairwise(line):
         if fast_a <= wished <= fast_b and fast_b > fast_a:
             return a + (b - a) * (wished - fast_a) / (fast_b - fast_a)
     return line[-1][0] if wished > line[-1][1] else line[1][0]

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def key_bias(
-    size: Tensor | None, valid: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def key_bias(size: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Bias of each key: log(size) of proportional attention (ToMe, eq. 1), and padding.
 
     Args:
@@ -57,9 +55,7 @@ def attend(
     Returns:
         (B, H, N, d).
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
 def attend_folded(

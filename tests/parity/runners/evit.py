@@ -51,7 +51,9 @@ def block(golden: Golden) -> dict[str, Tensor]:
         y = host.blocks(x)
     k = kept(x.shape[1] - 1, config["keep_rate"], config["tokens"])
     out = {"x": y, "n_tokens": torch.tensor([y.shape[1] - 1])}
-    return {**out, **{"idx": idx for idx in _kept(trace, x.shape[1], {0: k})}}
+    if k < x.shape[1] - 1:
+        (out["idx"],) = _kept(trace, x.shape[1], {0: k})
+    return out
 
 
 def model(golden: Golden) -> dict[str, Tensor]:
@@ -61,9 +63,7 @@ def model(golden: Golden) -> dict[str, Tensor]:
     rates, call = config["keep_rate"], config["call_keep_rate"]
     rates = tuple(rates) if isinstance(rates, list) else (rates,) * depth
     override = tuple(call) if isinstance(call, list) else call
-    transom.apply(
-        host, EViT(rates, fuse_token=config["fuse_token"]), restore="never", check=False
-    )
+    transom.apply(host, EViT(rates, fuse_token=config["fuse_token"]), restore="never", check=False)
     transom.adjust(host, override=override)
     with transom.trace(host) as trace:
         logits = host(golden.inputs["image"])
@@ -76,9 +76,7 @@ def model(golden: Golden) -> dict[str, Tensor]:
             if k < left - 1:
                 ks[i] = k
         left = trace.lengths[i]
-    return {"logits": logits} | {
-        f"idx{n}": idx for n, idx in enumerate(_kept(trace, count, ks))
-    }
+    return {"logits": logits} | {f"idx{n}": idx for n, idx in enumerate(_kept(trace, count, ks))}
 
 
 def _kept(trace: Trace, count: int, ks: dict[int, int]) -> list[Tensor]:

@@ -13,9 +13,11 @@ from transom.slots import Trace
 
 def build(config: dict[str, Any], **changes: Any) -> VisionTransformer:
     """timm's VisionTransformer from the configuration of a golden case."""
-    needed = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes")
-    optional = ("class_token", "global_pool", "in_chans", "qkv_bias")
-    settings = {name: config[name] for name in (*needed, *optional) if name in config}
+    names = (
+        *("img_size", "patch_size", "in_chans", "num_classes", "class_token", "global_pool"),
+        *("embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
+    )
+    settings = {name: config[name] for name in names if name in config}
     norm = partial(nn.LayerNorm, eps=config.get("norm_eps", 1e-6))
     return VisionTransformer(**{**settings, "norm_layer": norm, **changes}).eval()
 
@@ -24,4 +26,7 @@ def sizes_and_sources(trace: Trace) -> dict[str, Tensor]:
     """Sizes and membership of the tokens behind the last block."""
     record = trace.tokens[-1]
     source = record.sources(trace.lengths[-1])
-    return {"size": source.sum(-1, keepdim=True) if record.size is None else record.size, "source": source}
+    return {
+        "size": source.sum(-1, keepdim=True) if record.size is None else record.size,
+        "source": source,
+    }
