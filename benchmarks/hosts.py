@@ -76,7 +76,7 @@ def far(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def tokens_slot(model: nn.Module, run: Run) -> str:
-    """ "fits", or why not."""
+    """Say that it fits, or why not."""
     try:
         transom.apply(model, "none")
         transom.remove(model)
@@ -96,7 +96,7 @@ def tokens_slot(model: nn.Module, run: Run) -> str:
 
 
 def attention_slot(model: nn.Module, run: Run) -> str:
-    """ "fits", or why not."""
+    """Say that it fits, or why not."""
     try:
         transom.apply(model, WrittenOut())
         transom.remove(model)
