@@ -401,6 +401,7 @@ FAMILIES: dict[str, Family] = {
         images,
     ),
     "OWLv2": Family(partial(one, "Owlv2VisionModel", "Owlv2VisionConfig"), images),
+    "FLAVA": Family(partial(one, "FlavaImageModel", "FlavaImageConfig"), images),
     "Sapiens2": Family(partial(one, "Sapiens2Model", "Sapiens2Config"), images),
     "BERT": Family(partial(one, "BertModel", "BertConfig", **WORDS), text),
     "BERT classifier": Family(
@@ -470,9 +471,6 @@ FAMILIES: dict[str, Family] = {
         partial(one, "XCLIPVisionModel", "XCLIPVisionConfig", num_frames=4), images, "message_attn"
     ),
     "ViLT": Family(partial(one, "ViltModel", "ViltConfig"), images, "text_embeddings"),
-    "FLAVA": Family(
-        partial(one, "FlavaImageModel", "FlavaImageConfig"), images, "changes the sequence"
-    ),
     "EoMT": Family(
         partial(one, "EomtForUniversalSegmentation", "EomtConfig", num_blocks=1, num_queries=4),
         images,
