@@ -9,10 +9,9 @@ is padded. At three budgets PiToMe (its text variant: three blocks merge) says h
 left after each block; ToMe and random pruning get exactly these counts. Random pruning stands
 there twice: as any user of the encoder gets it (the mean over all tokens, in which pruned tokens
 keep the features they last had), and with the mean over the tokens that are left. Columns: cosine
-of the
-embeddings to the plain model's; `similarity`, the correlation of all pairwise cosines between
-texts with the plain model's (what a search by embeddings sees); `neighbour`, the part of texts
-whose nearest other text stays the same; GFLOPs and time of a batch of 16. Writes
+of the embeddings to the plain model's; `similarity`, the correlation of all pairwise cosines
+between texts with the plain model's (what a search by embeddings sees); `neighbour`, the part of
+texts whose nearest other text stays the same; GFLOPs and time of a batch of 16. Writes
 docs/results/sentence_embeddings.csv with the machine in it, and prints the table.
 """
 
@@ -114,7 +113,7 @@ def methods(pitome: nn.Module, batch: dict[str, Tensor], ratio: float) -> dict[s
     removed = tuple(a - b for a, b in zip(before, left, strict=True))
     found = {"pitome": pitome}
     for name, method, settings in (
-        ("pitome, sizes not in the attention", "pitome", {"ratio": ratio, "prop_attn": False}),
+        ("pitome, sizes in the attention", "pitome", {"ratio": ratio, "prop_attn": True}),
         ("tome", "tome", {"r": removed}),
         ("random", "random", {"counts": tuple(left)}),
     ):

@@ -197,6 +197,7 @@ def test_pitome_on_text_is_the_text_variant() -> None:
     transom.apply(model, "pitome", ratio=0.5)
     steps = [fill.tokens for fill in transom.fittings(model)[0].fills]
     assert [getattr(step, "kind", None) for step in steps] == ["text"] * 3
+    assert not any(fill.size_bias for fill in transom.fittings(model)[0].fills)
     batch = text(4)
     with transom.trace(model) as trace:
         run(model, batch)

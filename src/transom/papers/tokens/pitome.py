@@ -18,6 +18,12 @@ The released ViT, DeiT and MAE blocks track sizes but never hand them to the att
 merged token counts as one key. Here sizes reach the attention by default, as the paper's method
 and the released BLIP-2 attention have it; prop_attn=False is the behaviour as released. All
 prefix tokens are protected, where the released code protects the class token alone.
+
+On text encoders the variant of the released BERT patch runs by default: a Gaussian of 1 - cos in
+place of the ELU, the r tokens of highest energy flow into the next r, plain means, in the first
+three blocks only. There sizes stay out of the attention: on a real sentence encoder that keeps
+embeddings nearer at every length and budget tried (benchmarks/sentence_embeddings.py). In a padded
+batch each text is merged as if it were alone; padding is neither a candidate nor a destination.
 """
 
 from __future__ import annotations
@@ -128,7 +134,8 @@ class PiToMe(Method):
         matching: "pitome", "bipartite", "text", one of them a block, or "auto": as released for
             this kind of host (DeiT: bipartite in the first half; MAE: in the second half; text
             encoders: text, in the first 3 blocks only; others: pitome).
-        prop_attn: add log(size) to the logits of each key.
+        prop_attn: add log(size) to the logits of each key. "auto": except on text encoders, whose
+            merges are plain means.
         metric: what similarity is measured on: "key", "feature" (the residual stream), or "auto":
             as released for this kind of host (CLIP: feature; others: key).
         alpha: of the ELU in the energy.
@@ -138,7 +145,7 @@ class PiToMe(Method):
     ratio: float | tuple[float, ...] = 0.95
     margin: float | str | tuple[float, ...] = "auto"
     matching: str | tuple[str, ...] = "auto"
-    prop_attn: bool = True
+    prop_attn: bool | Literal["auto"] = "auto"
     metric: Literal["key", "feature", "auto"] = "auto"
     alpha: float = 1.0
     prune: bool = False
@@ -177,6 +184,7 @@ class PiToMe(Method):
         metric = self.metric
         if metric == "auto":
             metric = "feature" if kind == "clip" else "key"
+        sizes = kind != "text" if self.prop_attn == "auto" else self.prop_attn
         fills = []
         if isinstance(self.ratio, tuple):
             ratios = _per_block(self.ratio, host.depth, "ratio")
@@ -184,13 +192,13 @@ class PiToMe(Method):
             ratios = (self.ratio,) * host.depth
         for i, (ratio, margin, pick) in enumerate(zip(ratios, margins, kinds, strict=True)):
             if kind == "text" and self.matching == "auto" and i >= TEXT_BLOCKS:
-                fills.append(Fill(size_bias=self.prop_attn))
+                fills.append(Fill(size_bias=sizes))
                 continue
             step = MergeByEnergy(ratio, margin, pick, metric, self.alpha, self.prune)  # type: ignore[arg-type]
             fills.append(
                 Fill(
                     tokens=step if ratio < 1 else None,
-                    size_bias=self.prop_attn,
+                    size_bias=sizes,
                     asks=metric == "key",
                     drops=self.prune,
                 )
