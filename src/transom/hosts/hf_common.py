@@ -426,7 +426,7 @@ class HfBlock(BlockView):
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         mask = self.given(args, kwargs).get("attention_mask")
-        if mask is None:
+        if mask is None or mask.shape[-1] == 1:  # one number for all keys masks none of them
             return None
         same = mask == mask[:, :1, :1]
         if not torch.compiler.is_compiling() and not same.all():

@@ -7,6 +7,7 @@ refused by name. See :mod:`transom.hosts.hf_common` for the attention.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -101,6 +102,7 @@ class PreNormBlock(HfBlock):
             # then the dropout of the block is that of its ffn alone
             self.before = [n for n in self.before if n != "dropout"]
         self.shared_bias = False
+        self.pads = False
 
     def norm1(self, x: Tensor) -> Tensor:
         return getattr(self.module, self.norm1_name)(x)
@@ -145,7 +147,10 @@ class PreNormBlock(HfBlock):
         return bias if mask is None else bias + mask
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        return None if self.shared_bias else super().valid(*args, **kwargs)
+        # under export the library makes a mask of ones for hosts whose images are never padded
+        if self.shared_bias or (torch.compiler.is_exporting() and not self.pads):
+            return None
+        return super().valid(*args, **kwargs)
 
 
 class TrailingTokensBlock(PreNormBlock):
@@ -205,6 +210,36 @@ class PackedBlock(PreNormBlock):
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         images = self.given(args, kwargs).get("attention_mask")
         return images.valid if isinstance(images, Images) else super().valid(*args, **kwargs)
+
+
+class UnpaddedForward:
+    """Forward of an encoder that says there is no padding when it is exported without a mask.
+
+    The library would make a mask of all tokens then, because it cannot look into one, and every
+    reduction would have to go the long way that padding needs. One number that masks nothing is
+    handed on as it is.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(partial(type(self.root).forward, self.root))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            place = arguments(self.root)[0].index("attention_mask") + 1
+            if len(args) <= place and kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = self._nothing()
+        return type(self.root).forward(self.root, *args, **kwargs)
+
+    def _nothing(self) -> Tensor:
+        root: Any = self.root
+        like = next(root.parameters())
+        if root.config._attn_implementation == "sdpa":
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)
+        return torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
 
 
 class Images:
@@ -319,6 +354,7 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
         # tables may cover the patches only, or every token
         view.bare = 0 if hasattr(root, "class_pos_emb") else before + behind
         view.shared_bias = getattr(root, "shared_position_bias", None) is not None
+        view.pads = "pixel_attention_mask" in arguments(root)[0]
         views.append(view)
     config = root.config
     relative = any(hasattr(root, n) for n in ("rope_embeddings", "vision_rotary_embedding"))
@@ -368,6 +404,8 @@ def _install(root: Any, views: list[PreNormBlock]) -> Iterator[Change]:
         yield from view.reach.install(view.module)
     if isinstance(views[0], PackedBlock):
         yield put(root.transformer, "forward", PackedForward(root.transformer))
+    elif "attention_mask" in arguments(root)[0] and "forward" not in root.__dict__:
+        yield put(root, "forward", UnpaddedForward(root))
 
 
 def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:
