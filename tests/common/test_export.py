@@ -28,22 +28,23 @@ def forget_graphs() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def matrix(quick: str) -> list[Any]:
+def matrix(*also: tuple[str, str]) -> list[Any]:
     """Every method on one timm and one transformers host, two methods on every host.
 
     Args:
-        quick: the host whose cases are not slow.
+        also: what is not slow beside every method on timm.
     """
+    soon = {*also, *((method, "timm-class") for method in METHODS)}
     cases = [(method, host) for method in METHODS for host in ("timm-class", "hf-vit")]
     cases += [(m, host) for host in HOSTS for m in (MERGES, DROPS) if (m, host) not in cases]
     return [
-        pytest.param(m, h, marks=() if h == quick else pytest.mark.slow, id=f"{m}-{h}")
+        pytest.param(m, h, marks=() if (m, h) in soon else pytest.mark.slow, id=f"{m}-{h}")
         for m, h in cases
         if h != "hf-clip"  # its text tower is not ours to compile
     ]
 
 
-@pytest.mark.parametrize(("method", "host"), matrix("timm-class"))
+@pytest.mark.parametrize(("method", "host"), matrix())
 @torch.no_grad()
 def test_compiles_to_one_graph(method: str, host: str) -> None:
     model, x = fitted(HOSTS[host](), method), images(host)
@@ -119,7 +120,7 @@ BATCH = {0: torch.export.Dim("batch", min=1, max=16)}
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("method", "host"), matrix("timm-class"))
+@pytest.mark.parametrize(("method", "host"), matrix((MERGES, "hf-vit"), (DROPS, "hf-vit")))
 @torch.no_grad()
 def test_exports_for_any_batch(method: str, host: str, strict: bool) -> None:
     model = fitted(HOSTS[host](), method)
@@ -146,7 +147,7 @@ def onnx_outputs(model: nn.Module, x: Tensor, inputs: list[Tensor], path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("method", "host"), matrix("timm-class"))
+@pytest.mark.parametrize(("method", "host"), matrix())
 @torch.no_grad()
 def test_onnx(method: str, host: str, tmp_path: Path) -> None:
     model = fitted(HOSTS[host](), method)
