@@ -212,34 +212,33 @@ class PackedBlock(PreNormBlock):
         return images.valid if isinstance(images, Images) else super().valid(*args, **kwargs)
 
 
-class UnpaddedForward:
+def _unpadded(root: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of an encoder that says there is no padding when it is exported without a mask.
 
     The library would make a mask of all tokens then, because it cannot look into one, and every
     reduction would have to go the long way that padding needs. One number that masks nothing is
     handed on as it is.
     """
+    if torch.compiler.is_exporting():
+        place = arguments(root)[0].index("attention_mask") + 1
+        if len(args) <= place and kwargs.get("attention_mask") is None:
+            like = next(root.parameters())
+            one = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
+            fused = root.config._attn_implementation == "sdpa"
+            kwargs["attention_mask"] = one == 0 if fused else one
+    return type(root).forward(root, *args, **kwargs)
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
+
+class UnpaddedForward(partial[Any]):
+    """:func:`_unpadded` of one encoder, with the signature of the encoder's own forward.
+
+    Of all callables that are no functions, torch.export takes only a partial for a forward.
+    """
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(partial(type(self.root).forward, self.root))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
-            place = arguments(self.root)[0].index("attention_mask") + 1
-            if len(args) <= place and kwargs.get("attention_mask") is None:
-                kwargs["attention_mask"] = self._nothing()
-        return type(self.root).forward(self.root, *args, **kwargs)
-
-    def _nothing(self) -> Tensor:
-        root: Any = self.root
-        like = next(root.parameters())
-        if root.config._attn_implementation == "sdpa":
-            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)
-        return torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
+        (root,) = self.args
+        return inspect.signature(partial(type(root).forward, root))
 
 
 class Images:
@@ -405,7 +404,7 @@ def _install(root: Any, views: list[PreNormBlock]) -> Iterator[Change]:
     if isinstance(views[0], PackedBlock):
         yield put(root.transformer, "forward", PackedForward(root.transformer))
     elif "attention_mask" in arguments(root)[0] and "forward" not in root.__dict__:
-        yield put(root, "forward", UnpaddedForward(root))
+        yield put(root, "forward", UnpaddedForward(_unpadded, root))
 
 
 def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:
