@@ -102,7 +102,6 @@ class PreNormBlock(HfBlock):
             # then the dropout of the block is that of its ffn alone
             self.before = [n for n in self.before if n != "dropout"]
         self.shared_bias = False
-        self.pads = False
 
     def norm1(self, x: Tensor) -> Tensor:
         return getattr(self.module, self.norm1_name)(x)
@@ -147,8 +146,7 @@ class PreNormBlock(HfBlock):
         return bias if mask is None else bias + mask
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        # under export the library makes a mask of ones for hosts whose images are never padded
-        if self.shared_bias or (torch.compiler.is_exporting() and not self.pads):
+        if self.shared_bias:
             return None
         return super().valid(*args, **kwargs)
 
@@ -353,7 +351,6 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
         # tables may cover the patches only, or every token
         view.bare = 0 if hasattr(root, "class_pos_emb") else before + behind
         view.shared_bias = getattr(root, "shared_position_bias", None) is not None
-        view.pads = "pixel_attention_mask" in arguments(root)[0]
         views.append(view)
     config = root.config
     relative = any(hasattr(root, n) for n in ("rope_embeddings", "vision_rotary_embedding"))
