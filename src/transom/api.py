@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,22 @@ from transom import hosts, registry
 from transom.errors import CheckpointError, FitError, HostError, SettingsError
 from transom.hosts import Change, Host
 from transom.registry import Method
-from transom.slots import Ask, BlockFlow, Fill, FittedStack, Restore, StackState, Trace, tracing
+from transom.slots import (
+    Ask,
+    BlockFlow,
+    Fill,
+    FittedStack,
+    Part,
+    Restore,
+    StackState,
+    Trace,
+    tracing,
+)
 from transom.tokens import Tokens
 
 Where = int | slice | Sequence[int] | None
+
+_log = logging.getLogger(__name__)
 
 _KEY = "_transom"
 _PREFIX = "transom"
@@ -148,6 +161,7 @@ def apply(
             raise
         installation.state.checked |= checked
         installation.refresh()
+        _warn_untrained(built)
         return model
     # a model without data cannot be run; it is checked when somebody can run it
     empty = all(p.is_meta for p in host.root.parameters())
@@ -163,7 +177,17 @@ def apply(
         raise
     installation.state.checked = checked
     installation.refresh()
+    _warn_untrained(built)
     return model
+
+
+def _warn_untrained(method: Method) -> None:
+    if method.needs_training:
+        _log.warning(
+            "%s brings parameters that have no meaning before training; train the model, or load "
+            "a trained fitting with transom.load",
+            method.slug,
+        )
 
 
 def _scheduled(path: str | os.PathLike[str], method: str | Method) -> dict[str, Any]:
@@ -257,7 +281,7 @@ def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjust
         )
     before = installation.fittings[places[0]]
     changed = registry.build(before.method, settings)
-    if any(isinstance(part, nn.Module) for fill in before.fills for part in _parts(fill)):
+    if any(isinstance(part, nn.Module) for fill in before.fills for part in fill.parts()):
         raise FitError(
             f"{before.slug} has parameters of its own, which new settings would discard; remove "
             "it and apply it again"
@@ -398,6 +422,10 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
             f"{method.slug} needs a class token, and this {host.family} has none; 'tome', "
             "'pitome' and 'random' do without"
         )
+    if method.needs_grid and host.grid is None:
+        raise FitError(
+            f"{method.slug} needs the patches on a known grid, and this {host.family} has none"
+        )
     chosen = _chosen(where, host.depth)
     fills = method.fit(host)
     for slot in sorted({slot for fill in fills for slot in fill.slots()} & set(host.closed)):
@@ -405,11 +433,24 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
             f"{method.slug} fills the slot {slot!r}, which is closed in this {host.family}: "
             f"{host.closed[slot]}"
         )
+    _refuse_parts_missing(host, fills, method.slug)
     if chosen is not None:
         # outside the chosen blocks nothing is filled, but keys still count by their size
         rest = [Fill(size_bias=fill.size_bias) for fill in fills]
         fills = [fill if i in chosen else rest[i] for i, fill in enumerate(fills)]
     return Fitting(method, host, chosen, restore, fills)
+
+
+def _refuse_parts_missing(host: Host, fills: list[Fill], slug: str) -> None:
+    for i, (fill, view) in enumerate(zip(fills, host.views, strict=True)):
+        replaced = (fill.norms[0], fill.mixer, fill.norms[1], fill.ffn)
+        for name, new in zip(get_args(Part), replaced, strict=True):
+            if new is not None and view.part(name) is None:
+                raise FitError(
+                    f"{slug} replaces the {name} of a block, but block {i} of this {host.family} "
+                    f"({type(view.module).__name__}) has no single module there that transom can "
+                    "replace"
+                )
 
 
 def _chosen(where: Where, depth: int) -> list[int] | None:
@@ -493,13 +534,9 @@ def _uninstall(installation: _Installation) -> None:
     installation.journal.clear()
 
 
-def _parts(fill: Fill) -> Iterable[object]:
-    return (fill.tokens, fill.attention)
-
-
 def _add_modules(installation: _Installation, fitting: Fitting) -> None:
     """Register parameters that come with a method under one prefix of the host."""
-    new = [part for fill in fitting.fills for part in _parts(fill) if isinstance(part, nn.Module)]
+    new = [part for fill in fitting.fills for part in fill.parts() if isinstance(part, nn.Module)]
     if not new:
         return
     root = installation.host.root

@@ -1,8 +1,8 @@
-"""What each slug offers. Methods are discovered by walking `transom.papers`.
+"""What each slug offers. Rooms are discovered by walking `transom.papers`.
 
-A room registers by existing: a module `papers/<family>/<slug>.py` (dashes written as underscores)
-that defines one frozen dataclass derived from :class:`Method`. A room that fails to import is an
-error, not a warning.
+A room registers by existing: a module or package `papers/<family>/<slug>` (dashes written as
+underscores) that defines a frozen dataclass derived from :class:`Method`, a tuple `BACKBONES`, a
+tuple `OFFERS`, or several of them. A room that fails to import is an error, not a warning.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
 
 from transom.errors import SettingsError
 from transom.settings import check
@@ -23,6 +27,66 @@ from transom.slots import Fill
 if TYPE_CHECKING:
     from transom.cards import Card
     from transom.hosts import Host
+
+Kind = Literal["operator", "objective", "lens", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A whole architecture that is registered with timm.
+
+    Attributes:
+        name: of the timm model.
+        params: published number of parameters in millions; None where none is published.
+        gmacs: published multiply-adds in units of 1e9 at `size`; None likewise.
+        size: height and width of the images they are published for, in pixels.
+    """
+
+    name: str
+    params: float | None = None
+    gmacs: float | None = None
+    size: int = 224
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Something a room offers beside a method and backbones.
+
+    Attributes:
+        kind: what it is.
+        name: to ask for it by.
+        build: the function or class behind it.
+    """
+
+    kind: Kind
+    name: str
+    build: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one paper offers.
+
+    Attributes:
+        slug: registry key.
+        method: class of the hyperparameters; None if it fits nothing into a host.
+        backbones: registered with timm under these names.
+        offers: everything else.
+        convert: official state dict -> ours; None where the names are the same.
+    """
+
+    slug: str
+    method: type[Method] | None = None
+    backbones: tuple[Backbone, ...] = ()
+    offers: tuple[Offer, ...] = ()
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """What there is, in words."""
+        kinds = ["method"] if self.method else []
+        kinds += ["backbone"] if self.backbones else []
+        return kinds + sorted({offer.kind for offer in self.offers})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +100,16 @@ class Method(ABC):
     """Registry key: the name of the room's file, with dashes."""
     needs_class_token: ClassVar[bool] = False
     """Whether hosts without a class token are refused."""
+    needs_grid: ClassVar[bool] = False
+    """Whether hosts whose patches have no known grid are refused."""
+    needs_training: ClassVar[bool] = False
+    """Whether new parameters have no meaning before training; `apply` says so."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "slug" not in cls.__dict__:
-            cls.slug = cls.__module__.rpartition(".")[2].replace("_", "-")
+            room = cls.__module__.removeprefix("transom.papers.").split(".")
+            cls.slug = room[min(1, len(room) - 1)].replace("_", "-")
         own = cls.__dict__.get("__post_init__")
         if own is not None:
 
@@ -109,30 +178,58 @@ class Method(ABC):
 
 
 @functools.cache
-def methods() -> dict[str, type[Method]]:
-    """Every method by slug, in alphabetical order.
+def rooms() -> dict[str, Room]:
+    """What every room offers, by slug, in alphabetical order.
 
     Raises:
         ImportError: a room does not import.
-        TypeError: a room does not define exactly one method.
+        TypeError: a room offers nothing, or several methods.
     """
+    found = (_room(module) for module in _modules())
+    return dict(sorted((room.slug, room) for room in found))
+
+
+def _modules() -> Iterator[ModuleType]:
     papers = importlib.import_module("transom.papers")
-    found: dict[str, type[Method]] = {}
-    for info in pkgutil.walk_packages(papers.__path__, "transom.papers."):
-        module = importlib.import_module(info.name)
-        if info.ispkg:
-            continue
-        own = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and issubclass(value, Method)
-            and value.__module__ == module.__name__
-        ]
-        if len(own) != 1:
-            raise TypeError(f"{info.name} defines {len(own)} methods; a room defines exactly one")
-        found[own[0].slug] = own[0]
-    return dict(sorted(found.items()))
+    for family in pkgutil.iter_modules(papers.__path__, "transom.papers."):
+        path = importlib.import_module(family.name).__path__
+        for info in pkgutil.iter_modules(path, f"{family.name}."):
+            yield importlib.import_module(info.name)
+
+
+def _room(module: ModuleType) -> Room:
+    name = module.__name__
+    own = {
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and (value.__module__ == name or value.__module__.startswith(f"{name}."))
+    }
+    if len(own) > 1:
+        raise TypeError(f"{name} defines {len(own)} methods; a room defines at most one")
+    method = next(iter(own), None)
+    room = Room(
+        name.rpartition(".")[2].replace("_", "-"),
+        method,
+        tuple(getattr(module, "BACKBONES", ())),
+        tuple(getattr(module, "OFFERS", ())),
+        getattr(module, "convert", None),
+    )
+    if not room.kinds:
+        raise TypeError(f"{name} offers nothing: no method, no BACKBONES and no OFFERS")
+    return room
+
+
+@functools.cache
+def methods() -> dict[str, type[Method]]:
+    """Every method by slug, in alphabetical order."""
+    return {slug: room.method for slug, room in rooms().items() if room.method is not None}
+
+
+def backbones() -> dict[str, tuple[Backbone, ...]]:
+    """The backbones of every room that has some, by slug."""
+    return {slug: room.backbones for slug, room in rooms().items() if room.backbones}
 
 
 def build(method: str | Method, settings: dict[str, Any]) -> Method:

@@ -36,7 +36,8 @@ class Ask:
         bias: (B, 1, 1, N) added to the logits of each key, and what the host adds itself; None
             for none.
         keep: whether q and k are wanted afterwards.
-        operator: replaces the fused attention: (q, k, v, bias, scale) -> (B, H, N, d).
+        operator: replaces the fused attention: (q, k, v, bias, scale, record) -> (B, H, N, d).
+        record: of the tokens that enter the block; None outside a fitted stack.
         moved: whether these are no longer the tokens that the host's own mask was made for.
         home: (B, N) original positions of the tokens when they moved and the host's positions
             (rotary, relative) have to follow them; else None.
@@ -50,6 +51,7 @@ class Ask:
     bias: Tensor | None = None
     keep: bool = False
     operator: Callable[..., Tensor] | None = None
+    record: Record | None = None
     moved: bool = False
     home: Tensor | None = None
     answered: bool = False
@@ -86,7 +88,7 @@ class Ask:
         if self.keep:
             self.q, self.k, self.scale = q, k, scale
         if self.operator is not None:
-            return self.operator(q, k, v, bias=self.bias, scale=scale)
+            return self.operator(q, k, v, bias=self.bias, scale=scale, record=self.record)
         return attention.attend(q, k, v, self.bias, dropout=dropout, scale=scale)
 
     @property
@@ -113,13 +115,36 @@ class TokenStep(Protocol):
         """The tokens that go on."""
 
 
+class Mixer(Protocol):
+    """Fills the slot `attention` with another module: projections and all."""
+
+    def __call__(self, h: Tensor, ask: Ask) -> Tensor:
+        """Mixed tokens (B, N, D) from normed ones; `ask.record` tells their layout, `ask.bias`
+        (B, 1, 1, N) or None has to be added to the logits of each key if there are any."""
+
+
+class Ffn(Protocol):
+    """Fills the slot `ffn`."""
+
+    def __call__(self, h: Tensor, record: Record) -> Tensor:
+        """Features (B, N, D) from normed ones."""
+
+
+Norm = Callable[[Tensor], Tensor]
+Part = Literal["norm1", "attention", "norm2", "ffn"]
+
+
 @dataclass(frozen=True)
 class Fill:
     """What one method puts into one block.
 
     Attributes:
         tokens: the token step; None leaves the slot empty.
-        attention: an attention operator (q, k, v, bias, scale) -> (B, H, N, d); None likewise.
+        attention: an attention operator (q, k, v, bias, scale, record) -> (B, H, N, d) between
+            the host's own projections; None likewise.
+        mixer: replaces the host's attention with its projections; takes the same slot.
+        norms: replace the norms before attention and before the ffn; None keeps the host's.
+        ffn: replaces the ffn.
         size_bias: whether log(size) is added to the logits of each key once sizes exist.
         asks: whether the token step looks at q and k.
         drops: whether the token step drops tokens instead of merging them.
@@ -127,23 +152,72 @@ class Fill:
 
     tokens: TokenStep | None = None
     attention: Callable[..., Tensor] | None = None
+    mixer: Mixer | None = None
+    norms: tuple[Norm | None, Norm | None] = (None, None)
+    ffn: Ffn | None = None
     size_bias: bool = False
     asks: bool = True
     drops: bool = False
 
     def slots(self) -> set[str]:
         """Names of the slots this fill takes."""
-        return {name for name in ("tokens", "attention") if getattr(self, name) is not None}
+        taken = {
+            "tokens": self.tokens is not None,
+            "attention": self.attention is not None or self.mixer is not None,
+            "norm": self.norms != (None, None),
+            "ffn": self.ffn is not None,
+        }
+        return {name for name, is_taken in taken.items() if is_taken}
+
+    def parts(self) -> tuple[object, ...]:
+        """Everything that fills a slot, in a fixed order; None where nothing does."""
+        return (self.tokens, self.attention, self.mixer, *self.norms, self.ffn)
 
     def joined(self, other: Fill) -> Fill:
         """Both fills in one block; their slots differ."""
+        taken = self.slots()
         return Fill(
-            tokens=other.tokens if self.tokens is None else self.tokens,
-            attention=other.attention if self.attention is None else self.attention,
+            tokens=self.tokens if "tokens" in taken else other.tokens,
+            attention=self.attention if "attention" in taken else other.attention,
+            mixer=self.mixer if "attention" in taken else other.mixer,
+            norms=self.norms if "norm" in taken else other.norms,
+            ffn=self.ffn if "ffn" in taken else other.ffn,
             size_bias=self.size_bias or other.size_bias,
-            asks=other.asks if self.tokens is None else self.asks,
+            asks=self.asks if "tokens" in taken else other.asks,
             drops=self.drops or other.drops,
         )
+
+
+Affine = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What a host's attention projects with: weight (out, in) and bias (out,) of each, detached.
+
+    Attributes:
+        heads: number of them.
+        q, k, v, out: to queries, keys, values, and back to the stream.
+    """
+
+    heads: int
+    q: Affine
+    k: Affine
+    v: Affine
+    out: Affine
+
+
+def affine(linear: nn.Module) -> Affine:
+    """Weight and bias of a linear layer, detached."""
+    layer: Any = linear
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+
+def fused(weight: Tensor, bias: Tensor | None) -> tuple[Affine, Affine, Affine]:
+    """A fused projection (3 D, D) as three."""
+    biases = (None, None, None) if bias is None else bias.detach().chunk(3)
+    q, k, v = zip(weight.detach().chunk(3), biases, strict=True)
+    return q, k, v
 
 
 class BlockView(ABC):
@@ -190,6 +264,18 @@ class BlockView(ABC):
     def depart(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Tokens (B, N, D) as the host's loop expects them back: another order, a tuple."""
         return x
+
+    def part(self, name: Part) -> nn.Module | None:
+        """The host's own module in this place, to initialise another one from; None if the
+        block is not made so that it could be replaced there."""
+        return None
+
+    def projections(self) -> Projections | None:
+        """What the host's attention projects with; None if that is not three plain linear maps."""
+        return None
+
+    def refuse(self, *args: Any, **kwargs: Any) -> None:
+        """Raise if the arguments hold something for the attention that a mixer would ignore."""
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """(B, N) bool, False for padding, from the arguments of the block; None without any."""
@@ -439,14 +525,22 @@ class BlockFlow:
         ask = Ask(
             keep=fill.tokens is not None and fill.asks,
             operator=fill.attention,
+            record=record,
             moved=count is not None,
             home=record.home if count is not None else None,
         )
         size = record.size if fill.size_bias else None
-        if size is not None or not ask.plain:
+        mixes = fill.mixer is not None
+        if size is not None or mixes or not ask.plain:
             ask.bias = attention.key_bias(size, record.valid, x.dtype)
-        x = view.join1(x, view.residual1(view.attend(view.norm1(x), ask, *args, **kwargs)))
-        if not (ask.plain or ask.answered):
+        norm1, norm2 = (own or host for own, host in zip(fill.norms, (view.norm1, view.norm2)))
+        if fill.mixer is not None:
+            view.refuse(*args, **kwargs)
+            y = fill.mixer(norm1(x), ask)
+        else:
+            y = view.attend(norm1(x), ask, *args, **kwargs)
+        x = view.join1(x, view.residual1(y))
+        if not (mixes or ask.plain or ask.answered):
             raise HostError(
                 f"the attention of {self.name} did not take notice of what is fitted; its class "
                 "does not reach the attention function transom registered"
@@ -459,9 +553,11 @@ class BlockFlow:
             if call.restore == "every" and tokens.record is not record:
                 full = restore(x, record, full)  # a token dropped here keeps these features
         x, left = tokens.x, tokens.record
-        del ask, tokens  # q, k and the longer sequence need not live through the ffn
+        del ask, tokens, y  # q, k and the longer sequence need not live through the ffn
         if not self.state.parallel:
-            x = view.join2(x, view.residual2(view.ffn(view.norm2(x))))
+            h = norm2(x)
+            y = view.ffn(h) if fill.ffn is None else fill.ffn(h, left)
+            x = view.join2(x, view.residual2(y))
         call.leave(i, record, Tokens(x, left))
         return view.depart(self._shown(call, x, left, full), *args, **kwargs)
 

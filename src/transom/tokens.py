@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from transom.errors import TokensError
 from transom.ops import merging, rows
 from transom.ops.matching import Matching
 
@@ -60,6 +61,25 @@ class Record:
             raise ValueError("where tokens went was not recorded: run inside transom.trace(model)")
         places = torch.arange(count, device=self.index.device)[None, :, None]
         return (self.index[:, None] == places).float()
+
+    def as_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split x (B, N, D) into its prefix and a map, for what needs the grid.
+
+        Returns:
+            The prefix (B, P, D) and the patches (B, h, w, D).
+
+        Raises:
+            TokensError: the grid is not known, or the tokens are no longer the original ones.
+        """
+        prefix, grid = self.layout.prefix, self.layout.grid
+        if grid is None or x.shape[1] != self.layout.count or self.size is not None:
+            state = f"{x.shape[1]} tokens" if grid else "a grid that is not known"
+            raise TokensError(
+                f"a fitted method works on the grid of the patches, but this block has {state} "
+                f"where {self.layout.count} in their original places were expected; fit it "
+                "without a method that reduces tokens, or in the blocks before one"
+            )
+        return x[:, :prefix], x[:, prefix:].unflatten(1, grid)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from transom.errors import FitError
 from transom.hosts import Host
 from transom.ops import reference
 from transom.registry import Method
-from transom.slots import Ask, Fill
-from transom.tokens import Tokens
+from transom.slots import Ask, BlockView, Fill, Part, Projections
+from transom.tokens import Record, Tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,15 @@ class Listen(Method):
         return [Fill(tokens=Listening(), size_bias=True)] * host.depth
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float) -> Tensor:
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    record: Record | None = None,
+) -> Tensor:
     """An attention operator: the reference."""
     return reference.attention(q, k, v, bias, scale)
 
@@ -62,8 +72,16 @@ class Sharpened:
     sharpness: float
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        scale: float,
+        record: Record | None,
     ) -> Tensor:
+        assert record is not None
         return written_out(q, k, v, bias=bias, scale=scale * self.sharpness)
 
 
@@ -90,3 +108,74 @@ class Scale(Method):
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{}]
+
+
+class OwnMixer(nn.Module):
+    """The host's plain attention, rebuilt from its projections."""
+
+    def __init__(self, given: Projections) -> None:
+        super().__init__()
+        self.heads = given.heads
+        self.maps = nn.ModuleList()
+        for weight, bias in (given.q, given.k, given.v, given.out):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+            linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+            self.maps.append(linear)
+
+    def forward(self, h: Tensor, ask: Ask) -> Tensor:
+        *inward, out = self.maps
+        q, k, v = (m(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in inward)
+        y = ask.attend(q, k, v, dropout=0.0, scale=q.shape[-1] ** -0.5)
+        return out(y.transpose(1, 2).flatten(2))
+
+
+class OwnNorm(nn.Module):
+    """A norm that is not the host's; factor 1 is."""
+
+    def __init__(self, norm: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.norm = copy.deepcopy(norm)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.factor
+
+
+class OwnFfn(nn.Module):
+    """An ffn that is not the host's; factor 1 is."""
+
+    def __init__(self, ffn: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.ffn = copy.deepcopy(ffn)
+        self.factor = factor
+
+    def forward(self, h: Tensor, record: Record) -> Tensor:
+        record.as_map(h)
+        return self.ffn(h) * self.factor
+
+
+@dataclass(frozen=True)
+class Rebuild(Method):
+    """Replaces attention, norms and ffn with copies of the host's own.
+
+    Attributes:
+        factor: of the norms' and the ffn's output; 1 is the host.
+    """
+
+    factor: float = 1.0
+    slug: ClassVar[str] = "rebuild"
+    needs_grid: ClassVar[bool] = True
+
+    def fit(self, host: Host) -> list[Fill]:
+        return [self._fill(host.views[i]) for i in range(host.depth)]
+
+    def _fill(self, view: BlockView) -> Fill:
+        given, parts = view.projections(), {n: view.part(n) for n in get_args(Part)}
+        norm1, attention, norm2, ffn = parts.values()
+        if given is None or norm1 is None or attention is None or norm2 is None or ffn is None:
+            raise FitError(f"rebuild needs every part of a block, here there is {parts}")
+        return Fill(
+            mixer=OwnMixer(given),
+            norms=(OwnNorm(norm1, self.factor), OwnNorm(norm2, self.factor)),
+            ffn=OwnFfn(ffn, self.factor),
+        )

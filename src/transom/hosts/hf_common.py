@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, parts, put
 from transom.ops import rows
-from transom.slots import Ask, BlockView, FittedStack
+from transom.slots import Ask, BlockView, FittedStack, Projections, affine
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -364,6 +364,17 @@ class HfBlock(BlockView):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         register()  # a fitted model may be unpickled where nothing was fitted yet
+
+    def projections(self) -> Projections | None:
+        outer, inner = self.reach.modules(self.module)
+        q, k, v = (getattr(inner, name) for name in projections(inner))
+        outs = [getattr(inner, n) for n in OUTPUTS if hasattr(inner, n)]
+        outs += [outer.output.dense] if hasattr(getattr(outer, "output", None), "dense") else []
+        width = getattr(inner, "head_dim", None) or getattr(inner, "attention_head_size", None)
+        if width is None or len(outs) != 1 or q.weight.shape != k.weight.shape:
+            return None
+        heads = q.weight.shape[0] // width
+        return Projections(heads, affine(q), affine(k), affine(v), affine(outs[0]))
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the block by their names in its own signature."""

@@ -28,7 +28,7 @@ from transom.hosts.hf_common import (
     stack,
 )
 from transom.ops import attention
-from transom.slots import Ask
+from transom.slots import Ask, Part
 
 # Names a part of the block may have, by role.
 NORM1 = ("layernorm_before", "norm1", "layer_norm1", "attention_norm", "rms_norm1")
@@ -102,6 +102,16 @@ class PreNormBlock(HfBlock):
             # then the dropout of the block is that of its ffn alone
             self.before = [n for n in self.before if n != "dropout"]
         self.shared_bias = False
+
+    def part(self, name: Part) -> nn.Module | None:
+        if name == "ffn":
+            return getattr(self.module, self.ffn_names[0]) if len(self.ffn_names) == 1 else None
+        places = {
+            "norm1": self.norm1_name,
+            "norm2": self.norm2_name,
+            "attention": self.reach.outer,
+        }
+        return getattr(self.module, places[name])
 
     def norm1(self, x: Tensor) -> Tensor:
         return getattr(self.module, self.norm1_name)(x)

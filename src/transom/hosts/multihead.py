@@ -24,7 +24,7 @@ from transom.hosts.base import (
     parts,
     put,
 )
-from transom.slots import Ask, BlockView, FittedStack
+from transom.slots import Ask, BlockView, FittedStack, Part, Projections, affine, fused
 
 # What a block may hold, in the order in which a branch is made.
 BLOCK = (
@@ -100,6 +100,15 @@ class MultiheadBlock(BlockView):
         self.answer = MultiheadAnswer(children[self.attention])
         self.packed = isinstance(self.answer.module, nn.MultiheadAttention)
         _check_attention(self.answer.module, f"{name}.{self.attention}")
+
+    def part(self, name: Part) -> nn.Module | None:
+        own = {"norm1": "ln_1", "norm2": "ln_2", "ffn": "mlp", "attention": self.attention}
+        return getattr(self.module, own[name])
+
+    def projections(self) -> Projections:
+        m = self.answer.module
+        q, k, v = fused(m.in_proj_weight, m.in_proj_bias)
+        return Projections(m.num_heads, q, k, v, affine(m.out_proj))
 
     def norm1(self, x: Tensor) -> Tensor:
         return self.module.ln_1(x)

@@ -21,7 +21,7 @@ from transom.hosts.timm_attention import (
     padding,
     refuse_mask,
 )
-from transom.slots import Ask, BlockView
+from transom.slots import Ask, BlockView, Part, Projections, affine, fused
 
 
 class TimmBlock(BlockView):
@@ -94,6 +94,28 @@ class TimmBlock(BlockView):
     def residual2(self, y: Tensor) -> Tensor:
         return self._branch(y, 1)
 
+    def part(self, name: Part) -> nn.Module | None:
+        return getattr(self.module, {"attention": "attn", "ffn": "mlp"}.get(name, name), None)
+
+    def projections(self) -> Projections | None:
+        m = getattr(self.module, "attn", None)
+        if m is None or getattr(m, "proj", None) is None or not hasattr(m, "qkv"):
+            return None
+        if m.qkv is None:
+            q, k, v = (affine(linear) for linear in (m.q_proj, m.k_proj, m.v_proj))
+        else:
+            bias = m.qkv.bias
+            if getattr(m, "q_bias", None) is not None:
+                bias = torch.cat((m.q_bias, m.k_bias, m.v_bias))
+            q, k, v = fused(m.qkv.weight, bias)
+        return Projections(m.num_heads, q, k, v, affine(m.proj))
+
+    def refuse(
+        self, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
+    ) -> None:
+        padded = attn_mask is not None and padding(attn_mask) is not None
+        refuse_mask(None if padded else attn_mask, is_causal)
+
     def valid(self, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         valid = None if attn_mask is None else padding(attn_mask)
         return None if valid is None or valid.all() else valid
@@ -101,6 +123,9 @@ class TimmBlock(BlockView):
 
 class ResPostBlock(TimmBlock):
     """View of a block that norms what attention and ffn return, not what they get."""
+
+    def part(self, name: Part) -> nn.Module | None:
+        return None if name.startswith("norm") else super().part(name)
 
     def norm1(self, x: Tensor) -> Tensor:
         return x
