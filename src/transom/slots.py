@@ -119,8 +119,11 @@ class Mixer(Protocol):
     """Fills the slot `attention` with another module: projections and all."""
 
     def __call__(self, h: Tensor, ask: Ask) -> Tensor:
-        """Mixed tokens (B, N, D) from normed ones; `ask.record` tells their layout, `ask.bias`
-        (B, 1, 1, N) or None has to be added to the logits of each key if there are any."""
+        """Mixed tokens (B, N, D) from normed ones.
+
+        `ask.record` tells their layout; `ask.bias` (B, 1, 1, N) or None has to be added to the
+        logits of each key, if the mixer has logits.
+        """
 
 
 class Ffn(Protocol):
@@ -266,8 +269,10 @@ class BlockView(ABC):
         return x
 
     def part(self, name: Part) -> nn.Module | None:
-        """The host's own module in this place, to initialise another one from; None if the
-        block is not made so that it could be replaced there."""
+        """The host's own module in this place, to initialise another one from.
+
+        None if the block is not made so that it could be replaced there.
+        """
         return None
 
     def projections(self) -> Projections | None:
@@ -276,6 +281,7 @@ class BlockView(ABC):
 
     def refuse(self, *args: Any, **kwargs: Any) -> None:
         """Raise if the arguments hold something for the attention that a mixer would ignore."""
+        return
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """(B, N) bool, False for padding, from the arguments of the block; None without any."""
@@ -533,7 +539,7 @@ class BlockFlow:
         mixes = fill.mixer is not None
         if size is not None or mixes or not ask.plain:
             ask.bias = attention.key_bias(size, record.valid, x.dtype)
-        norm1, norm2 = (own or host for own, host in zip(fill.norms, (view.norm1, view.norm2)))
+        norm1, norm2 = fill.norms[0] or view.norm1, fill.norms[1] or view.norm2
         if fill.mixer is not None:
             view.refuse(*args, **kwargs)
             y = fill.mixer(norm1(x), ask)

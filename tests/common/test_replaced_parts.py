@@ -1,4 +1,4 @@
-"""The slots `attention` (with its projections), `norm` and `ffn`: whole parts of a block replaced."""
+"""The slots `attention` (with its projections), `norm` and `ffn`: whole parts replaced."""
 
 from __future__ import annotations
 

@@ -366,6 +366,7 @@ class HfBlock(BlockView):
         register()  # a fitted model may be unpickled where nothing was fitted yet
 
     def projections(self) -> Projections | None:
+        outer: Any
         outer, inner = self.reach.modules(self.module)
         q, k, v = (getattr(inner, name) for name in projections(inner))
         outs = [getattr(inner, n) for n in OUTPUTS if hasattr(inner, n)]
