@@ -276,21 +276,22 @@ def papers(
     from transom import cards, registry
 
     words = words or []
-    methods = registry.methods()
+    rooms = registry.rooms()
     if words[:1] == ["show"] and len(words) == 2:
-        _show(cards.card(words[1]), methods.get(words[1]))
+        _show(cards.card(words[1]), rooms.get(words[1]))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("slug", "family", "year", "works", "title"):
         table.add_column(name, overflow="fold", no_wrap=name in ("slug", "year"))
-    found = [c for c in cards.search(words) if not ready or c.slug in methods]
+    found = [c for c in cards.search(words) if not ready or c.slug in rooms]
     for card in found:
-        works = "[green]yes[/]" if card.slug in methods else "[dim]coming[/]"
+        kinds = ", ".join(rooms[card.slug].kinds) if card.slug in rooms else ""
+        works = f"[green]{kinds}[/]" if kinds else "[dim]coming[/]"
         table.add_row(card.slug, card.family, str(card.year), works, card.title)
     if not found:
         raise TransomError(f"no paper matches {' '.join(words)!r}; try fewer or shorter words")
     console.print(table)
-    console.print(f"{len(found)} papers, {sum(c.slug in methods for c in found)} of them work")
+    console.print(f"{len(found)} papers, {sum(c.slug in rooms for c in found)} of them work")
 
 
 @app.command()
@@ -332,7 +333,7 @@ def hosts(
     console.print(f"{count} of {len(rows)} families fit; tried with {versions}", highlight=False)
 
 
-def _show(card: Any, method: Any) -> None:
+def _show(card: Any, room: Any) -> None:
     import dataclasses
 
     console.print(f"[bold]{card.title}[/] ({card.year})")
@@ -340,18 +341,38 @@ def _show(card: Any, method: Any) -> None:
     table.add_row("slug", card.slug)
     table.add_row("family", card.family)
     table.add_row("kind", card.kind)
-    table.add_row("works", "yes" if method else "coming")
+    table.add_row("works", ", ".join(room.kinds) if room else "coming")
     for link in card.links:
         table.add_row("link", link)
     if card.code is not None:
         table.add_row("code", getattr(card.code, "url", str(card.code)))
     console.print(table)
-    if method is None:
+    if room is None:
         return
-    console.print(f"\n[bold]{method.__name__}[/] settings and defaults")
-    for field in dataclasses.fields(method):
-        console.print(f"  {field.name} = {field.default!r}")
-    console.print(f"\n{(sys.modules[method.__module__].__doc__ or '').strip()}", highlight=False)
+    if room.method is not None:
+        console.print(f"\n[bold]{room.method.__name__}[/] settings and defaults")
+        for field in dataclasses.fields(room.method):
+            console.print(f"  {field.name} = {field.default!r}")
+    if room.backbones:
+        console.print("\n[bold]timm models[/]")
+        for backbone in room.backbones:
+            console.print(f"  {backbone.name}", highlight=False)
+    for offer in room.offers:
+        console.print(f"{offer.kind} {offer.name}", highlight=False)
+    console.print(f"\n{(room.module.__doc__ or '').strip()}", highlight=False)
+
+
+@app.command()
+def convert(
+    slug: Annotated[str, typer.Argument(help="Paper whose backbone it is.")],
+    source: Annotated[Path, typer.Argument(help="Official checkpoint; tensors only are read.")],
+    target: Annotated[Path, typer.Argument(help="safetensors file to write.")],
+) -> None:
+    """Turn an official checkpoint of a backbone into safetensors that timm loads."""
+    from transom.convert import convert as run
+
+    name, count = run(slug, source, target)
+    console.print(f"{count} tensors of {name} written to {target}", highlight=False)
 
 
 def parse_methods(text: str | None) -> list[str | tuple[str, dict[str, Any]]] | None:

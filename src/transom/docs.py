@@ -78,8 +78,8 @@ def write(root: Path) -> list[Path]:
 
 def page(card: Card) -> str:
     """The page of one paper that works: its facts, its settings, its room's own words."""
-    method = registry.methods()[card.slug]
-    room = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
+    room = registry.rooms()[card.slug]
+    words = inspect.cleandoc(room.module.__doc__ or "")
     year = str(card.year)
     when = card.venue if card.venue and year in card.venue else f"{card.venue}, first {year}"
     facts = [
@@ -88,7 +88,8 @@ def page(card: Card) -> str:
         ("kind", card.kind),
         ("authors' code", _code(card)),
         ("links", " ".join(f"<{link}>" for link in card.links)),
-        ("room", f"`{method.__module__}`"),
+        ("works here as", ", ".join(room.kinds)),
+        ("room", f"`{room.module.__name__}`"),
     ]
     return "\n".join(
         [
@@ -97,18 +98,41 @@ def page(card: Card) -> str:
             "",
             *_table(["", ""], [fact for fact in facts if fact[1]]),
             "",
-            "## Settings",
-            "",
-            *_settings(method),
-            "",
+            *_sections(room),
             "## From its room",
             "",
             "```text",
-            room,
+            words,
             "```",
             "",
         ]
     )
+
+
+def _sections(room: registry.Room) -> list[str]:
+    """What there is to use: settings of the method, backbones, everything else."""
+    lines: list[str] = []
+    if room.method is not None:
+        lines += ["## Settings", "", *_settings(room.method), ""]
+    if room.backbones:
+        rows = [
+            (f"`{b.name}`", str(b.size), _figure(b.params), _figure(b.gmacs))
+            for b in room.backbones
+        ]
+        heads = ["timm model", "image", "parameters in millions", "GMACs"]
+        lines += ["## Backbones", "", "Figures as published.", "", *_table(heads, rows), ""]
+    if room.offers:
+        others = [(f"`{o.name}`", str(o.kind), _where(o.build)) for o in room.offers]
+        lines += ["## Also here", "", *_table(["name", "kind", "from"], others), ""]
+    return lines
+
+
+def _figure(published: float | None) -> str:
+    return "" if published is None else f"{published:g}"
+
+
+def _where(build: Callable[..., object]) -> str:
+    return f"`{build.__module__}.{getattr(build, '__qualname__', type(build).__name__)}`"
 
 
 def _settings(method: type) -> list[str]:
@@ -164,13 +188,13 @@ def _meanings(method: type) -> dict[str, str]:
 
 
 def _working() -> list[Card]:
-    methods = registry.methods()
-    return [card for card in load_cards().values() if card.slug in methods]
+    rooms = registry.rooms()
+    return [card for card in load_cards().values() if card.slug in rooms]
 
 
 def _coming() -> list[Card]:
-    methods = registry.methods()
-    return [card for card in load_cards().values() if card.slug not in methods]
+    rooms = registry.rooms()
+    return [card for card in load_cards().values() if card.slug not in rooms]
 
 
 def _papers_in() -> list[str]:

@@ -69,6 +69,7 @@ class Room:
 
     Attributes:
         slug: registry key.
+        module: where it is.
         method: class of the hyperparameters; None if it fits nothing into a host.
         backbones: registered with timm under these names.
         offers: everything else.
@@ -76,6 +77,7 @@ class Room:
     """
 
     slug: str
+    module: ModuleType
     method: type[Method] | None = None
     backbones: tuple[Backbone, ...] = ()
     offers: tuple[Offer, ...] = ()
@@ -211,6 +213,7 @@ def _room(module: ModuleType) -> Room:
     method = next(iter(own), None)
     room = Room(
         name.rpartition(".")[2].replace("_", "-"),
+        module,
         method,
         tuple(getattr(module, "BACKBONES", ())),
         tuple(getattr(module, "OFFERS", ())),
