@@ -6,20 +6,19 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 import transom
 from transom import hosts, registry
+from transom.check import example_output, verify
 from transom.errors import CheckpointError, FitError, HostError, SettingsError
 from transom.hosts import Change, Host
 from transom.registry import Method
 from transom.slots import (
-    Ask,
     BlockFlow,
     Fill,
     FittedStack,
@@ -29,7 +28,6 @@ from transom.slots import (
     Trace,
     tracing,
 )
-from transom.tokens import Tokens
 
 Where = int | slice | Sequence[int] | None
 
@@ -165,11 +163,12 @@ def apply(
         return model
     # a model without data cannot be run; it is checked when somebody can run it
     empty = all(p.is_meta for p in host.root.parameters())
-    expected = _example_output(host) if check and not empty else None
+    expected = example_output(host) if check and not empty else None
     installation = _install(host)
     try:
         if expected is not None:
-            _verify(installation, expected)
+            installation.refresh()
+            verify(host, installation.flows, installation.state, expected)
         installation.fittings.append(fitting)
         _add_modules(installation, fitting)
     except BaseException:
@@ -556,78 +555,3 @@ def _drop_modules(installation: _Installation, gone: Iterable[Fitting]) -> None:
             del owned[fitting.slug]
     if not len(owned):
         delattr(installation.host.root, _PREFIX)
-
-
-def _example_output(host: Host) -> list[Tensor]:
-    training = host.root.training
-    modes = {module: module.training for module in host.root.modules()} if training else {}
-    host.root.eval()
-    example = host.example()
-    try:
-        with torch.no_grad():
-            if isinstance(example, Mapping):
-                return _tensors(host.root(**example))
-            return _tensors(host.root(example))
-    except HostError:
-        raise
-    except Exception as error:
-        raise HostError(
-            f"this {host.family} ({type(host.root).__name__}) does not run on the example that "
-            f"apply tests it with: {error}. Nothing was fitted; check=False skips the test"
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Every tensor in a model's output: a tensor, a mapping, or a nest of sequences."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output
-    return [t for part in parts if part is not None for t in _tensors(part)]
-
-
-@dataclass(frozen=True)
-class _Reverse:
-    """Token step that loses nothing: the same tokens in another order."""
-
-    def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
-        order = torch.arange(tokens.count, device=tokens.x.device)
-        order[tokens.prefix :] = order[tokens.prefix :].flip(0)
-        return tokens.keep(order.expand(len(tokens.x), -1))
-
-
-def _verify(installation: _Installation, expected: list[Tensor]) -> None:
-    """Hold a fitted host against its plain output, once untouched and once out of order.
-
-    Attention does not care for the order of its tokens as long as positions and masks go with
-    them, so the second test shows whatever would not follow a reduction.
-    """
-    host = installation.host
-    installation.refresh()
-    for a, b in zip(expected, _example_output(host), strict=True):
-        tolerance = 32 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0
-        if a.shape != b.shape or not torch.allclose(a, b, tolerance, tolerance, equal_nan=True):
-            raise HostError(
-                f"the neutral fitting of this {host.family} ({type(host.root).__name__}) changes "
-                "its output, so its blocks are not what they look like; nothing was fitted. "
-                "Please report the model; check=False skips this test"
-            )
-    if "tokens" in host.closed:
-        return
-    installation.flows[0].fill = Fill(tokens=_Reverse(), drops=True)
-    installation.state.restore = "every"
-    got = _example_output(host)
-    for a, b in zip(expected, got, strict=True):
-        if not a.is_floating_point() or not a.isfinite().all():
-            continue
-        # sums in another order differ by rounding, and by much more if something did not follow
-        limit = torch.finfo(a.dtype).eps ** 0.5
-        if a.shape != b.shape or (a - b).double().norm() > limit * (1e-3 + a.double().norm()):
-            raise HostError(
-                f"the output of this {host.family} ({type(host.root).__name__}) depends on the "
-                "order in which its tokens stand, so some position or mask does not follow them "
-                "and a reduction would be wrong; nothing was fitted. Please report the model; "
-                "check=False skips this test"
-            )
