@@ -1,0 +1,101 @@
+"""SLAB: a norm that folds away, and linear attention with ReLU features.
+
+Two changes that make a transformer faster where it is deployed, both to be trained.
+
+PRepBN takes the place of LayerNorm. Training slides from one to the other,
+
+    y = λ · LN(x) + (1-λ) · RepBN(x),   RepBN(x) = BN(x) + α x,   λ = r0 · iter / total_step
+
+with BN over batch and tokens and α one learned number; `iter` counts down from total_step to 0. At
+inference RepBN is a scale and a shift per channel and goes into the linear maps behind it
+(:func:`transom.fold`), so that no norm is left. Simplified linear attention (SLA) is
+
+    out_i = φ(q_i) Σ_j φ(k_j + P_j)ᵀ v_j / (φ(q_i) · Σ_j φ(k_j + P_j) + 1e-6) + DWC(v)_i,  φ = ReLU
+
+per head, without scaling: O(N) in the tokens. P (1, N, C) is a learned table, DWC a 5 x 5
+depth-wise convolution of the map of values whose filters all heads share. x: (B, N, C) stays
+(B, N, C).
+
+Source: Guo et al., SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
+Re-parameterized Batch Normalization, ICML 2024; official code xinghaochen/SLAB@f58db00 (without a
+licence; this package is our own).
+
+On a host, PRepBN takes the norms of the blocks and SLA their attention. The host's prefix tokens
+(class token, registers) take part in the linear attention and pass the convolution by; a token
+that stands for several counts as often, and padding not at all. That is ours, as the paper has maps
+only. Checked: golden cases of SLA, PRepBN (training step, warm-up, evaluation), a folded block and
+a small DeiT. The released checkpoints were not available; no accuracy was reproduced.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from transom.errors import FitError, SettingsError
+from transom.hosts.base import Host
+from transom.papers.attention.slab.norm import PRepBN, RepBN, check_schedule
+from transom.registry import Method
+from transom.slots import BlockView, Fill
+
+
+@dataclass(frozen=True)
+class SLAB(Method):
+    """Progressive re-parameterised batch norm and simplified linear attention.
+
+    Attributes:
+        norm: whether the norms of the blocks become PRepBN.
+        warm: training steps with the host's own norm alone.
+        total_step: training steps in which λ goes from r0 to 0.
+        r0: λ at the first of them.
+        every: forward passes for one step of the schedule (gradient accumulation; 16 for the
+            language model of the paper).
+        alpha: initial share of the input in RepBN (0 for the language model).
+        scale: initial weight of its batch norm (0 for the language model).
+        eps: of the batch norm.
+        momentum: of its running statistics.
+    """
+
+    norm: bool = True
+    warm: int = 0
+    total_step: int = 300_000
+    r0: float = 1.0
+    every: int = 1
+    alpha: float = 1.0
+    scale: float = 1.0
+    eps: float = 1e-5
+    momentum: float = 0.1
+    needs_training = True
+
+    def __post_init__(self) -> None:
+        check_schedule(self.warm, self.total_step, self.r0, self.every)
+        if self.eps <= 0 or not 0 <= self.momentum <= 1:
+            raise SettingsError(
+                f"eps is {self.eps} and momentum {self.momentum}; expected a positive number and "
+                "one from 0 to 1"
+            )
+
+    def fit(self, host: Host) -> list[Fill]:
+        return [self._fill(host, view) for view in host.views]
+
+    def _fill(self, host: Host, view: BlockView) -> Fill:
+        return Fill(norms=(self._norm(host, view, 0), self._norm(host, view, 1)))
+
+    def _norm(self, host: Host, view: BlockView, i: int) -> PRepBN | None:
+        own: Any = view.part("norm2" if i else "norm1")
+        if own is None:
+            raise FitError(
+                f"slab replaces the norms in front of attention and ffn, but the blocks of this "
+                f"{host.family} ({type(view.module).__name__}) have none there; norm=False fits "
+                "linear attention alone"
+            )
+        rep = RepBN(host.width, self.eps, self.momentum, self.alpha, self.scale)
+        return PRepBN(
+            copy.deepcopy(own),
+            rep,
+            warm=self.warm,
+            total_step=self.total_step,
+            r0=self.r0,
+            every=self.every,
+        )
