@@ -1,0 +1,385 @@
+"""The hierarchical SpectFormer: two spectral stages, two attention stages, class attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, to_2tuple
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from transom.errors import SettingsError
+from transom.papers.attention.spectformer.gate import Grid, SpectralGate
+from transom.papers.attention.spectformer.isotropic import (
+    classifier,
+    drop_rates,
+    init_weights,
+    norm_layer,
+)
+
+
+class Attention(nn.Module):
+    """Softmax attention with separate maps to queries and to keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise SettingsError(f"{num_heads} heads do not divide a width of {dim}")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Attend from `queries` (B, M, D), by default x itself, to x (B, N, D)."""
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t in (self.q(x if queries is None else queries), *self.kv(x).chunk(2, -1))
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 convolution of each channel of a map (B, h, w, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvFfn(nn.Module):
+    """fc1, depthwise convolution, GELU, fc2; without the convolution where there is no grid."""
+
+    def __init__(self, dim: int, hidden: int, *, conv: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden) if conv else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """x + mixer(norm1(x)), x + ffn(norm2(x)) on a map (B, h, w, D)."""
+
+    def __init__(
+        self, dim: int, mixer: SpectralGate | Attention, mlp_ratio: float, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = mixer
+        self.norm2 = norm_layer(dim)
+        self.mlp = ConvFfn(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        if isinstance(self.attn, SpectralGate):
+            y = self.attn(h)
+        else:
+            y = self.attn(h.flatten(1, 2)).unflatten(1, h.shape[1:3])
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ClassBlock(nn.Module):
+    """Attention from the first token only, to all tokens (B, 1 + N, D); the others stay."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = norm_layer(dim)
+        self.mlp = ConvFfn(dim, int(dim * mlp_ratio), conv=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, first = self.norm1(x), x[:, :1]
+        first = first + self.attn(h, h[:, :1])
+        first = first + self.mlp(self.norm2(first))
+        return torch.cat([first, x[:, 1:]], 1)
+
+
+class Stem(nn.Module):
+    """Images (B, 3, H, W) to a map (B, H/4, W/4, D)."""
+
+    def __init__(self, in_chans: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, side, stride in ((in_chans, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
+            layers += [
+                nn.Conv2d(width, hidden, side, stride, side // 2, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU(inplace=True),
+            ]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(hidden, dim, 3, 2, 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(self.conv(x)).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """A map (B, h, w, C) to one of half the height and width (B, h/2, w/2, D)."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out, 3, 2, 1)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class HierarchicalSpectFormer(nn.Module):
+    """Four stages at strides 4, 8, 16 and 32, and a block of class attention.
+
+    Attributes:
+        num_features: width of the last stage.
+        feature_info: of every stage, for `features_only`.
+    """
+
+    stages = 4
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["token", ""] = "token",
+        stem_hidden_dim: int = 32,
+        embed_dims: tuple[int, ...] = (64, 128, 320, 448),
+        num_heads: tuple[int, ...] = (2, 4, 10, 14),
+        mlp_ratios: tuple[float, ...] = (8, 8, 4, 4),
+        depths: tuple[int, ...] = (3, 4, 6, 3),
+        spectral_stages: int = 2,
+        token_label: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        """Build the model with random weights.
+
+        Args:
+            img_size: height and width, in pixels, that the filters are made for.
+            in_chans: channels of an image.
+            num_classes: outputs; 0 gives the features of the first token.
+            global_pool: "token", the one that attends to the others, or "" for all.
+            stem_hidden_dim: channels inside the stem.
+            embed_dims: width of each stage.
+            num_heads: of each stage; unused by spectral ones.
+            mlp_ratios: hidden width of the ffn divided by the width, for each stage.
+            depths: blocks of each stage.
+            spectral_stages: how many stages, from the first on, are spectral.
+            token_label: whether a second head reads the other tokens.
+            drop_rate: dropout before the head.
+            drop_path_rate: of the last block; grows linearly from 0.
+
+        Raises:
+            SettingsError: a sequence does not have one entry a stage.
+        """
+        super().__init__()
+        for name, given in (
+            ("embed_dims", embed_dims),
+            ("num_heads", num_heads),
+            ("mlp_ratios", mlp_ratios),
+            ("depths", depths),
+        ):
+            if len(given) != self.stages:
+                raise SettingsError(f"{name} is {given!r}; expected {self.stages} numbers")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.token_label = token_label
+        self.grad_checkpointing = False
+        self.patch_embed1 = Stem(in_chans, stem_hidden_dim, embed_dims[0])
+        rates = iter(drop_rates(drop_path_rate, sum(depths)))
+        for k, (dim, grid) in enumerate(zip(embed_dims, _grids(img_size), strict=True)):
+            if k:
+                setattr(self, f"patch_embed{k + 1}", Downsample(embed_dims[k - 1], dim))
+            blocks = nn.ModuleList(
+                Block(
+                    dim,
+                    SpectralGate(dim, grid)
+                    if k < spectral_stages
+                    else Attention(dim, num_heads[k]),
+                    mlp_ratios[k],
+                    next(rates),
+                )
+                for _ in range(depths[k])
+            )
+            setattr(self, f"block{k + 1}", blocks)
+            setattr(self, f"norm{k + 1}", norm_layer(dim))
+        self.post_network = nn.ModuleList(
+            [ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1])]
+        )
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = classifier(self.num_features, num_classes)
+        self.aux_head = classifier(self.num_features, num_classes) if token_label else None
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**k, "module": f"norm{k + 1}"}
+            for k, dim in enumerate(embed_dims)
+        ]
+        self.apply(init_weights)
+        self.apply(_init_convolution)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into stages (coarse) or blocks."""
+        last = (r"^norm4|^post_network", (99999,))
+        if coarse:
+            stages = (r"^(?:patch_embed|block|norm)([1-4])", None)
+            return {"stem": r"^patch_embed1", "blocks": [last, stages]}
+        within = [
+            (r"^patch_embed([2-4])", (-1,)),
+            (r"^block(\d)\.(\d+)", None),
+            (r"^norm([1-3])", (99999,)),
+        ]
+        return {"stem": r"^patch_embed1", "blocks": [*within, last]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head of the first token."""
+        return self.head
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: Literal["token", ""] | None = None
+    ) -> None:
+        """Give the model new heads."""
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        like = next(self.parameters())
+        self.head = classifier(self.num_features, num_classes).to(like)
+        if self.token_label:
+            self.aux_head = classifier(self.num_features, num_classes).to(like)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the filters those of another image size, in pixels."""
+        for k, grid in enumerate(_grids(img_size)):
+            for block in getattr(self, f"block{k + 1}"):
+                if isinstance(block.attn, SpectralGate):
+                    block.attn.resize(grid)
+
+    def _stage(self, k: int, x: Tensor) -> Tensor:
+        """The map behind the blocks of stage k + 1, before its norm."""
+        x = getattr(self, f"patch_embed{k + 1}")(x)
+        for block in getattr(self, f"block{k + 1}"):
+            run: Callable[..., Tensor] = block
+            x = checkpoint(block, x) if self.grad_checkpointing else run(x)
+        return x
+
+    def _collect(self, x: Tensor) -> Tensor:
+        """Tokens (B, 1 + N, D) behind class attention, from the map of the last stage."""
+        x = x.flatten(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)
+        for block in self.post_network:
+            x = block(x)
+        return self.norm4(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps behind chosen stages; those of the first three are normed in any case.
+
+        Args:
+            x: (B, 3, H, W) images.
+            indices: the last so many stages, or which; None for all.
+            norm: put the norm of the last stage over its map.
+            stop_early: do not run the stages behind the last chosen one.
+            output_fmt: maps (B, D, h, w); there is no other.
+            intermediates_only: leave the final features away.
+
+        Returns:
+            The final features (B, 1 + N, D), or the map where it stopped, and the list; or the
+            list.
+
+        Raises:
+            SettingsError: another output format is asked for.
+        """
+        if output_fmt != "NCHW":
+            raise SettingsError(f"output_fmt is {output_fmt!r}; this model has maps, 'NCHW'")
+        chosen, last = feature_take_indices(self.stages, indices)
+        found, stop = [], (last + 1 if stop_early else self.stages)
+        for k in range(stop):
+            x = self._stage(k, x)
+            final = k == self.stages - 1
+            y = getattr(self, f"norm{k + 1}")(x) if norm or not final else x
+            if k in chosen:
+                found.append(y.permute(0, 3, 1, 2))
+            x = x if final else y
+        if intermediates_only:
+            return found
+        return (self._collect(x) if stop == self.stages else x), found
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what maps behind chosen stages do not need; returns their indices."""
+        chosen, last = feature_take_indices(self.stages, indices)
+        for k in range(last + 1, self.stages):
+            for part in ("patch_embed", "block", "norm"):
+                setattr(self, f"{part}{k + 1}", nn.Identity())
+        if prune_norm:
+            self.norm4 = nn.Identity()
+        if prune_head:
+            self.post_network = nn.ModuleList()
+            self.reset_classifier(0, "")
+        return chosen
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens (B, 1 + N, D) behind the final norm; the first has attended to the others."""
+        for k in range(self.stages):
+            x = self._stage(k, x)
+            x = getattr(self, f"norm{k + 1}")(x) if k < self.stages - 1 else x
+        return self._collect(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, K) from tokens, or the features of the first token (B, D)."""
+        if self.global_pool == "":
+            return self.head_drop(x) if pre_logits else self.head(self.head_drop(x))
+        first = self.head_drop(x[:, 0])
+        if pre_logits or self.num_classes == 0:
+            return first
+        logits = self.head(first)
+        if self.aux_head is None:
+            return logits
+        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, 3, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _grids(img_size: int | tuple[int, int]) -> list[Grid]:
+    """(h, w) of each stage."""
+    h, w = to_2tuple(img_size)
+    return [(math.ceil(h / s), math.ceil(w / s)) for s in (4, 8, 16, 32)]
+
+
+def _init_convolution(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
