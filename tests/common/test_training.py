@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm.layers
@@ -15,6 +15,7 @@ import transom
 from tests.common.cases import DROPS, MERGES, METHODS, close, fitted, same
 from tests.common.hosts import HOSTS, call, hf, images, timm_vit
 from tests.common.probes import Listen, WriteOut
+from transom.slots import Part
 
 # later releases of transformers have another name for it, which earlier ones do not know
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
@@ -133,8 +134,25 @@ def test_gradients_reach_every_parameter(method: str, host: str) -> None:
     plain = gradients(model, x)
     fitted(model, method)
     got = gradients(model, x)
-    assert got.keys() == plain.keys()
+    new = {n for n, p in model.named_parameters() if "transom" in n.split(".") and p.requires_grad}
+    assert got.keys() <= plain.keys() | new
+    assert new <= got.keys()
+    gone = plain.keys() - got.keys()
+    assert gone <= _replaced(model), "a part of the host that still runs gets no gradient"
     assert all(torch.isfinite(gradient).all() for gradient in got.values())
+
+
+def _replaced(model: nn.Module) -> set[str]:
+    """Names of the parameters whose part of a block is replaced by what is fitted."""
+    found = set()
+    for f in transom.fittings(model):
+        for view, fill in zip(f.host.views, f.fills, strict=True):
+            instead = (fill.norms[0], fill.mixer, fill.norms[1], fill.ffn)
+            for name, new in zip(get_args(Part), instead, strict=True):
+                part = view.part(name)
+                if new is not None and part is not None:
+                    found |= {id(p) for p in part.parameters()}
+    return {n for n, p in model.named_parameters() if id(p) in found}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -314,27 +314,27 @@ class GatedAttention(nn.Module):
     """Attention operator: the host's own attention over gated values, keys or both.
 
     Attributes:
-        gates: one for each of what is gated.
+        key_gate, value_gate: of the keys and the values; None where they pass as they are.
     """
 
     def __init__(self, method: GAAM, generator: torch.Generator) -> None:
         super().__init__()
-        self.what = method.gates
         self.tokens = method.axis == "tokens"
-        names = ("keys", "values") if method.gates == "both" else (method.gates,)
-        self.gates = nn.ModuleDict(
-            {
-                name: MultiHeadGaussian(
-                    -2 if self.tokens else -1,
-                    method.heads,
-                    method.gaussians,
-                    combine=method.combine,
-                    rescale=method.rescale,
-                    generator=generator,
-                )
-                for name in names
-            }
-        )
+
+        def gate(name: str) -> MultiHeadGaussian | None:
+            if method.gates not in (name, "both"):
+                return None
+            return MultiHeadGaussian(
+                -2 if self.tokens else -1,
+                method.heads,
+                method.gaussians,
+                combine=method.combine,
+                rescale=method.rescale,
+                generator=generator,
+            )
+
+        self.key_gate = gate("keys")
+        self.value_gate = gate("values")
 
     def forward(
         self,
@@ -347,16 +347,18 @@ class GatedAttention(nn.Module):
         record: Record | None,
     ) -> Tensor:
         """Heads (B, H, N, d) from q, k, v (B, H, N, d)."""
-        valid = None if record is None or record.valid is None else record.valid
-        k, v = self._gated("keys", k, valid), self._gated("values", v, valid)
+        valid = None if record is None else record.valid
+        k, v = self._gated(self.key_gate, k, valid), self._gated(self.value_gate, v, valid)
         return attention.attend(q, k, v, bias, scale=scale)
 
-    def _gated(self, name: str, x: Tensor, valid: Tensor | None) -> Tensor:
-        if name not in self.gates:
+    def _gated(self, gate: MultiHeadGaussian | None, x: Tensor, valid: Tensor | None) -> Tensor:
+        if gate is None:
             return x
         joined = x.transpose(1, 2).flatten(2)  # (B, N, D): channels of all heads side by side
-        mask = None if valid is None or not self.tokens else valid[..., None]
-        y = joined + self.gates[name](joined, mask)[0]
+        y = (
+            joined
+            + gate(joined, valid[..., None] if self.tokens and valid is not None else None)[0]
+        )
         return y.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
