@@ -109,13 +109,13 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     scores = metric[:, ::2] @ metric[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
     scores[:, : (prefix + 1) // 2] = -torch.inf
     scores[:, :, : prefix // 2] = -torch.inf
-    best, partner = scores.max(-1)
-    order = descending(best)
+    order = descending(scores.amax(-1))
     source, unmerged = order[:, :r], order[:, r:]
     if prefix:
         unmerged = unmerged.sort(-1).values
     odd = torch.arange(1, count, 2, device=metric.device).expand(metric.shape[0], -1)
-    into = _at(partner, source)
+    # the maximum alone is much cheaper than its place, which only the sources need
+    into = rows.take(scores, source).argmax(-1)
     if prefix < 2:
         return Matching(torch.cat([2 * unmerged, odd], 1), 2 * source, unmerged.shape[1] + into)
     keep, places = _interleave(2 * unmerged, odd, prefix)
@@ -158,8 +158,18 @@ def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
     Returns:
         (B, T).
     """
+    count = metric.shape[1]
     metric = unit(metric)
-    return F.elu((metric @ metric.mT).sub_(margin), alpha=alpha, inplace=True).mean(-1)
+    first, second = metric.tensor_split((count // 2,), 1)
+
+    def gains(a: Tensor, b: Tensor) -> Tensor:
+        return F.elu((a @ b.mT).sub_(margin), alpha=alpha, inplace=True)
+
+    # symmetric, so that one of the two blocks off the diagonal is enough
+    across = gains(first, second)
+    above = gains(first, first).sum(-1) + across.sum(-1)
+    below = gains(second, second).sum(-1) + across.sum(-2)
+    return torch.cat([above, below], 1) / count
 
 
 @torch.no_grad()
@@ -179,10 +189,15 @@ def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
     return distance.square_().mul_(-0.5).exp_().mean(-1) / (width * (2 * torch.pi) ** 0.5)
 
 
-def _best(metric: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each token of `a` the highest cosine with a token of `b`, and which one it is."""
-    similarity, partner = (unit(rows.take(metric, a)) @ unit(rows.take(metric, b)).mT).max(-1)
-    return similarity, partner
+def _similarity(metric: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each token of `a` with each of `b`."""
+    return unit(rows.take(metric, a)) @ unit(rows.take(metric, b)).mT
+
+
+def _flow(metric: Tensor, a: Tensor, b: Tensor, rest: Tensor, prefix: int) -> Matching:
+    """Each token of `a` flows into the most similar one of `b`; `rest` stays in front of `b`."""
+    into = rest.shape[1] + _similarity(metric[:, prefix:], a, b).argmax(-1)
+    return Matching(torch.cat([rest, b], 1), a, into).behind(prefix)
 
 
 @torch.no_grad()
@@ -200,8 +215,7 @@ def energy_pairs(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matc
     """
     order = descending(score)
     a, b, rest = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    _, partner = _best(metric[:, prefix:], a, b)
-    return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)
+    return _flow(metric, a, b, rest, prefix)
 
 
 @torch.no_grad()
@@ -219,10 +233,10 @@ def energy_bipartite(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> 
     """
     order = descending(score)
     a, b = order[:, ::2], order[:, 1::2]
-    best, partner = _best(metric[:, prefix:], a, b)
-    ranks = descending(best)
+    similarity = _similarity(metric[:, prefix:], a, b)
+    ranks = descending(similarity.amax(-1))
     source, unmerged = ranks[:, :r], ranks[:, r:]
-    into = unmerged.shape[1] + _at(partner, source)
+    into = unmerged.shape[1] + rows.take(similarity, source).argmax(-1)
     keep = torch.cat([_at(a, unmerged), b], 1)
     return Matching(keep, _at(a, source), into).behind(prefix)
 
@@ -241,6 +255,4 @@ def energy_halves(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Mat
         A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
     """
     order = descending(score)
-    a, b, rest = order[:, :r], order[:, r : 2 * r], order[:, 2 * r :]
-    _, partner = _best(metric[:, prefix:], a, b)
-    return Matching(torch.cat([rest, b], 1), a, rest.shape[1] + partner).behind(prefix)
+    return _flow(metric, order[:, :r], order[:, r : 2 * r], order[:, 2 * r :], prefix)
