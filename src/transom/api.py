@@ -74,6 +74,8 @@ class _Installation:
     state: StackState
     journal: list[Change] = field(default_factory=list)
     fittings: list[Fitting] = field(default_factory=list)
+    sealed: bool = False
+    """Whether norms of the host were folded into parameters that came with a method."""
 
     def refresh(self) -> None:
         """Bring the flows in line with the fittings."""
@@ -222,6 +224,11 @@ def remove(model: nn.Module, slug: str | None = None) -> nn.Module:
     if slug is not None and slug not in [f.slug for f in installation.fittings]:
         raise FitError(
             f"{slug!r} is not fitted; fitted are {[f.slug for f in installation.fittings]}"
+        )
+    if installation.sealed:
+        raise FitError(
+            "this is a folded copy: norms of the host went into parameters of what is fitted, so "
+            "the host cannot be given back; remove from the model that transom.fold got"
         )
     rest = [f for f in installation.fittings if slug is not None and f.slug != slug]
     _drop_modules(installation, [f for f in installation.fittings if f not in rest])
