@@ -24,6 +24,7 @@ from rich.console import Console
 from transom import hosts, registry
 from transom.cards import Card, Code, load_cards
 from transom.errors import TransomError
+from transom.parity import parity
 
 _PART = re.compile(
     r"(?P<open><!-- generated:(?P<name>[\w-]+) -->)\n(?P<body>.*?)(?P<close><!-- /generated -->)",
@@ -88,6 +89,7 @@ def page(card: Card) -> str:
         ("kind", card.kind),
         ("authors' code", _code(card)),
         ("links", " ".join(f"<{link}>" for link in card.links)),
+        ("parity", str(parity().get(card.slug, "no golden case exists"))),
         ("works here as", ", ".join(room.kinds)),
         ("room", f"`{room.module.__name__}`"),
     ]

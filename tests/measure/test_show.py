@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from transom import parity
 from transom.errors import DataError, TransomError
 from transom.measure import Comparison, Picture, Row, Section
 from transom.measure.plot import front
@@ -163,3 +164,13 @@ def test_what_is_no_picture_is_named(comparison: Comparison) -> None:
     for image, message in [(np.zeros((2, 2)), "float64"), ("cat.png", "is a str")]:
         with pytest.raises(DataError, match=message):
             render(comparison, sections=[Section("x", images=[Picture(image, "cat")])])
+
+
+def test_no_speed_is_shown_while_parity_fails(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "1.40×" in str(comparison)
+    monkeypatch.setattr(parity, "parity", lambda: {"evit": parity.Parity(passed=5, failed=1)})
+    text = str(comparison)
+    assert "1.40×" not in text and "1.50×" in text
+    assert "no speed is shown while parity fails: evit" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from .golden import Golden
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "papers"
+RECORD = HERE.parents[1] / "src" / "transom" / "data" / "parity.json"
+OUTCOMES = pytest.StashKey[dict[str, dict[str, int]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         metavar="DIR",
         help="folder with golden cases (default: those of the project, and ../shared/papers)",
+    )
+    parser.addoption(
+        "--record",
+        action="store_true",
+        help="write the outcome of every paper's golden cases to src/transom/data/parity.json",
     )
 
 
@@ -35,3 +43,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             golden = Golden.open(path)
             cases.setdefault(golden.name, golden)
     metafunc.parametrize("golden", [pytest.param(g, id=name) for name, g in cases.items()])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    golden = getattr(item, "callspec", None) and item.callspec.params.get("golden")
+    if golden and report.when == "call" and item.config.getoption("--record"):
+        seen = item.config.stash.setdefault(OUTCOMES, {})
+        counts = seen.setdefault(golden.slug, {"passed": 0, "failed": 0})
+        if report.outcome in counts:  # a skipped case is one that is not implemented
+            counts[report.outcome] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    seen = session.config.stash.get(OUTCOMES, None)
+    if seen is not None:
+        ran = {slug: counts for slug, counts in sorted(seen.items()) if any(counts.values())}
+        lines = ",\n".join(f"  {json.dumps(slug)}: {json.dumps(c)}" for slug, c in ran.items())
+        RECORD.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

@@ -109,6 +109,9 @@ class Comparison:
                 f"{self.plain.batch_size}, {env.get('images', '?')} images, medians of "
                 f"{self.plain.rounds} rounds, noise of a speed-up ±{self.noise:.1%}"
             )
+        red = sorted({row.method for row in self.rows if not row.timed})
+        if red:
+            parts.append(f"no speed is shown while parity fails: {', '.join(red)}")
         if any(row.control for row in self.rows):
             parts.append(
                 f"by chance: {self.qualities[0]} of random pruning to the same token counts"

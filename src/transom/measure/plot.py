@@ -68,7 +68,8 @@ def pareto(comparison: Comparison, y: str | None = None, *, dark: bool = False) 
     from matplotlib.figure import Figure
 
     name = y if y is not None else next(iter(comparison.qualities), None)
-    rows = [row for row in comparison.rows if name is not None and name in row.quality]
+    timed = [row for row in comparison.rows if row.timed]
+    rows = [row for row in timed if name is not None and name in row.quality]
     if name is None or not rows:
         raise DataError(
             f"no row has a measure {name!r} to plot; measured are {comparison.qualities}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transom import parity
 from transom.errors import DataError
 
 PLAIN = "plain"
@@ -64,6 +65,11 @@ class Row:
     def label(self) -> str:
         """Settings on one line, for example "r=8"."""
         return ", ".join(f"{name}={_short(value)}" for name, value in self.settings.items())
+
+    @property
+    def timed(self) -> bool:
+        """Whether its times may be shown: not while a golden case of the method fails."""
+        return not parity.is_red(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -138,21 +144,21 @@ def columns_of(rows: Sequence[Row], qualities: Sequence[str]) -> list[Column]:
         Column(
             "ms/image",
             "median, ± half the distance of the quartiles in percent",
-            lambda r: r.ms[1],
+            lambda r: r.ms[1] if r.timed else None,
             _3,
             lambda r: (r.ms[2] - r.ms[0]) / 2 / r.ms[1],
         ),
         Column(
             "speed-up",
             "time of plain ÷ time, both from the rounds of this row",
-            lambda r: r.speedup[1],
+            lambda r: r.speedup[1] if r.timed else None,
             _times,
         ),
         Column("limit", "speed-up the FLOPs would allow", lambda r: r.limit, _times),
         Column(
             "÷ twin",
             "time ÷ time of the free twin: the same token counts by plain slicing",
-            lambda r: None if r.over_twin is None else r.over_twin[1],
+            lambda r: r.over_twin[1] if r.timed and r.over_twin is not None else None,
             _2,
         ),
         Column("MiB", "peak memory beyond weights and input", lambda r: r.memory_mib, _1),
