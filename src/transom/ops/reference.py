@@ -38,6 +38,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     return logits.softmax(-1) @ v
 
 
+def relative_logits(
+    q: Tensor, table: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Twin of :func:`transom.ops.relative.logits`: one lookup a pair.
+
+    Args:
+        q: (..., H, L, d).
+        table: (2P, H, d).
+        queries, keys: (L,) and (T,) places.
+        bias: (2P, H).
+    """
+    offset = keys[None] - queries[:, None]
+    row = (offset + len(table) // 2).clamp(0, len(table) - 1)
+    out = torch.einsum("...hld,lthd->...hlt", q, table[row])
+    return out if bias is None else out + bias[row].permute(2, 0, 1)
+
+
 def groups(matching: Matching, item: int) -> list[tuple[int, ...]]:
     """Of one batch item: each new token as its old position, then the sorted ones it took in."""
     keep, source, into = (part[item].tolist() for part in matching)
