@@ -169,25 +169,27 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(
-    architecture: type[nn.Module], name: str, pretrained: bool, out_indices: int, **settings: Any
+    architecture: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    out_indices: int,
+    given: dict[str, Any],
 ) -> nn.Module:
+    indices = given.pop("out_indices", out_indices)
     return build_model_with_cfg(
         architecture,
         name,
         pretrained,
         pretrained_filter_fn=fitted_state,
-        feature_cfg={
-            "out_indices": settings.pop("out_indices", out_indices),
-            "feature_cls": "getter",
-        },
-        **settings,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **given,
     )
 
 
 def _isotropic(
     name: str, pretrained: bool, own: dict[str, Any], given: dict[str, Any]
 ) -> nn.Module:
-    return _create(IsotropicSpectFormer, name, pretrained, 3, **{**own, **given})
+    return _create(IsotropicSpectFormer, name, pretrained, 3, {**own, **given})
 
 
 @register_model
@@ -221,7 +223,7 @@ def spectformer_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def _hierarchical(
     name: str, pretrained: bool, own: dict[str, Any], given: dict[str, Any]
 ) -> nn.Module:
-    return _create(HierarchicalSpectFormer, name, pretrained, 4, **{**own, **given})
+    return _create(HierarchicalSpectFormer, name, pretrained, 4, {**own, **given})
 
 
 @register_model

@@ -147,9 +147,8 @@ class HierarchicalSpectFormer(nn.Module):
     Attributes:
         num_features: width of the last stage.
         feature_info: of every stage, for `features_only`.
+        stages: how many there are; fewer than 4 once pruned.
     """
-
-    stages = 4
 
     def __init__(
         self,
@@ -194,13 +193,14 @@ class HierarchicalSpectFormer(nn.Module):
             ("mlp_ratios", mlp_ratios),
             ("depths", depths),
         ):
-            if len(given) != self.stages:
-                raise SettingsError(f"{name} is {given!r}; expected {self.stages} numbers")
+            if len(given) != 4:
+                raise SettingsError(f"{name} is {given!r}; expected 4 numbers, one a stage")
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.token_label = token_label
         self.grad_checkpointing = False
+        self.stages = len(depths)
         self.patch_embed1 = Stem(in_chans, stem_hidden_dim, embed_dims[0])
         rates = iter(drop_rates(drop_path_rate, sum(depths)))
         for k, (dim, grid) in enumerate(zip(embed_dims, _grids(img_size), strict=True)):
@@ -270,7 +270,7 @@ class HierarchicalSpectFormer(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the filters those of another image size, in pixels."""
-        for k, grid in enumerate(_grids(img_size)):
+        for k, grid in enumerate(_grids(img_size)[: self.stages]):
             for block in getattr(self, f"block{k + 1}"):
                 if isinstance(block.attn, SpectralGate):
                     block.attn.resize(grid)
@@ -323,14 +323,14 @@ class HierarchicalSpectFormer(nn.Module):
         found, stop = [], (last + 1 if stop_early else self.stages)
         for k in range(stop):
             x = self._stage(k, x)
-            final = k == self.stages - 1
+            final = k == 3
             y = getattr(self, f"norm{k + 1}")(x) if norm or not final else x
             if k in chosen:
                 found.append(y.permute(0, 3, 1, 2))
             x = x if final else y
         if intermediates_only:
             return found
-        return (self._collect(x) if stop == self.stages else x), found
+        return (self._collect(x) if stop == 4 else x), found
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -339,8 +339,9 @@ class HierarchicalSpectFormer(nn.Module):
         chosen, last = feature_take_indices(self.stages, indices)
         for k in range(last + 1, self.stages):
             for part in ("patch_embed", "block", "norm"):
-                setattr(self, f"{part}{k + 1}", nn.Identity())
-        if prune_norm:
+                delattr(self, f"{part}{k + 1}")
+        self.stages = last + 1
+        if prune_norm and self.stages == 4:
             self.norm4 = nn.Identity()
         if prune_head:
             self.post_network = nn.ModuleList()
@@ -351,7 +352,7 @@ class HierarchicalSpectFormer(nn.Module):
         """Tokens (B, 1 + N, D) behind the final norm; the first has attended to the others."""
         for k in range(self.stages):
             x = self._stage(k, x)
-            x = getattr(self, f"norm{k + 1}")(x) if k < self.stages - 1 else x
+            x = getattr(self, f"norm{k + 1}")(x) if k < 3 else x
         return self._collect(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
