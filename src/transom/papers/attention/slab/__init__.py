@@ -30,14 +30,22 @@ a small DeiT. The released checkpoints were not available; no accuracy was repro
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from transom.errors import FitError, SettingsError
 from transom.hosts.base import Host
+from transom.papers.attention.slab import models
+from transom.papers.attention.slab.mixer import HostLinearAttention
 from transom.papers.attention.slab.norm import PRepBN, RepBN, check_schedule
-from transom.registry import Method
+from transom.registry import Backbone, Method
 from transom.slots import BlockView, Fill
+
+BACKBONES = tuple(Backbone(name) for name in models.default_cfgs)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class SLAB(Method):
     """Progressive re-parameterised batch norm and simplified linear attention.
 
     Attributes:
+        linear: whether attention becomes simplified linear attention.
+        kernel_size: of its depth-wise convolution, odd.
         norm: whether the norms of the blocks become PRepBN.
         warm: training steps with the host's own norm alone.
         total_step: training steps in which λ goes from r0 to 0.
@@ -57,6 +67,8 @@ class SLAB(Method):
         momentum: of its running statistics.
     """
 
+    linear: bool = True
+    kernel_size: int = 5
     norm: bool = True
     warm: int = 0
     total_step: int = 300_000
@@ -69,6 +81,10 @@ class SLAB(Method):
     needs_training = True
 
     def __post_init__(self) -> None:
+        if not self.linear and not self.norm:
+            raise SettingsError("linear and norm are both False; expected at least one True")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise SettingsError(f"kernel_size is {self.kernel_size}; expected an odd number")
         check_schedule(self.warm, self.total_step, self.r0, self.every)
         if self.eps <= 0 or not 0 <= self.momentum <= 1:
             raise SettingsError(
@@ -80,7 +96,20 @@ class SLAB(Method):
         return [self._fill(host, view) for view in host.views]
 
     def _fill(self, host: Host, view: BlockView) -> Fill:
-        return Fill(norms=(self._norm(host, view, 0), self._norm(host, view, 1)))
+        norms = (
+            (self._norm(host, view, 0), self._norm(host, view, 1)) if self.norm else (None, None)
+        )
+        return Fill(norms=norms, mixer=self._mixer(host, view) if self.linear else None)
+
+    def _mixer(self, host: Host, view: BlockView) -> HostLinearAttention:
+        given = view.projections()
+        if given is None or host.grid is None:
+            lacks = "known grid of patches" if host.grid is None else "plain projections"
+            raise FitError(
+                f"slab makes the attention of a block linear, but this {host.family} "
+                f"({type(view.module).__name__}) has no {lacks}; linear=False fits the norms alone"
+            )
+        return HostLinearAttention(given, host.prefix, host.grid, self.kernel_size)
 
     def _norm(self, host: Host, view: BlockView, i: int) -> PRepBN | None:
         own: Any = view.part("norm2" if i else "norm1")
@@ -99,3 +128,32 @@ class SLAB(Method):
             r0=self.r0,
             every=self.every,
         )
+
+    @classmethod
+    def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
+        return [{"linear": False}, {"norm": False}, {}]
+
+
+_BARE = re.compile(r"(?<!norm2)\.(?=alpha$|bn\.)")
+
+
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official state dict to ours: the names agree, but some networks were trained with RepBN bare.
+
+    Args:
+        state: with `norm.alpha` where PRepBN would have `norm.norm2.alpha`, or without.
+
+    Returns:
+        With the LayerNorm that nothing uses any more and the counters at the end of the schedule.
+    """
+    out = {}
+    for name, tensor in state.items():
+        new = _BARE.sub(".norm2.", name)
+        out[new] = tensor
+        if new != name and name.endswith(".bn.weight"):
+            norm = name.removesuffix(".bn.weight")
+            out[f"{norm}.norm1.weight"] = torch.ones_like(tensor)
+            out[f"{norm}.norm1.bias"] = torch.zeros_like(tensor)
+            for counter, value in (("warm", 0), ("iter", 0), ("total_step", 1)):
+                out[f"{norm}.{counter}"] = torch.tensor(value)
+    return out

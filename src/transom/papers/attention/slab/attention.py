@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tenso
         (..., N, e) in the dtype of the sums.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
+    kind = v.device.type
+    known = torch.amp.is_autocast_available(kind)  # not on the meta device
+    with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         total = q @ k.sum(-2).unsqueeze(-1) + eps  # (..., N, 1)
         n, m, d, e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]

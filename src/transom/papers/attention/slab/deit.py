@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, to_2tuple
-from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -115,18 +114,3 @@ class SlabDeiT(VisionTransformer):
         """Position tables."""
         tables = {n for n, _ in self.named_parameters() if n.endswith("positional_encoding")}
         return super().no_weight_decay() | tables
-
-
-def create(variant: str, pretrained: bool, **settings: Any) -> VisionTransformer:
-    """A SLAB-DeiT, or a DeiT with PRepBN, by name."""
-    linear = variant.startswith("slab")
-    if not linear:
-        total_step = settings.pop("total_step", 300_000)
-        settings.setdefault("norm_layer", partial(deit_norm, total_step=total_step))
-    return build_model_with_cfg(
-        SlabDeiT if linear else VisionTransformer,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **settings,
-    )

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from transom.errors import SettingsError
 
 
+def rising(rate: float, count: int) -> list[float]:
+    """Stochastic depth of each of `count` blocks: from 0 to `rate`."""
+    return [rate * i / max(1, count - 1) for i in range(count)]
+
+
 class Pyramid(nn.Module):
     """Stages of blocks over maps of falling size, the mean of the last one, and a linear head.
 
@@ -57,7 +62,7 @@ class Pyramid(nn.Module):
 
     def run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         """One block, checkpointed if that is switched on."""
-        if self.grad_checkpointing and self.training:
+        if self.grad_checkpointing:
             out: Tensor = checkpoint(block, *args)
             return out
         return block(*args)

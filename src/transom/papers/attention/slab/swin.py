@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
 from transom.papers.attention.slab.attention import SimplifiedLinearAttention
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid
+from transom.papers.attention.slab.pyramid import Pyramid, rising
 
 Size = tuple[int, int]
 
@@ -331,7 +330,7 @@ class SlabSwin(Pyramid):
             img_size, patch_size, in_chans, embed_dim, norm_layer=_without_device(norm)
         )
         self._measure()
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = rising(drop_path_rate, sum(depths))
         layers = []
         for i, width in enumerate(widths):
             blocks = [
@@ -415,11 +414,3 @@ def _without_device(norm: Callable[[int], nn.Module]) -> Callable[..., nn.Module
         return norm(dim).to(**{name: value for name, value in place.items() if value is not None})
 
     return make
-
-
-def create(variant: str, pretrained: bool, **settings: Any) -> SlabSwin:
-    """A SLAB-Swin by name."""
-    model: SlabSwin = build_model_with_cfg(
-        SlabSwin, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3)}, **settings
-    )
-    return model
