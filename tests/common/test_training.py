@@ -73,7 +73,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Gradients of a loss that reads every output."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(2)
-    loss = torch.stack([(out.float() ** 2).sum() for out in call(model, x)]).sum()
+    loss = torch.stack([(out.double() ** 2).sum() for out in call(model, x)]).sum()
     loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -89,8 +89,9 @@ def reentrant(request: pytest.FixtureRequest) -> Iterator[bool]:
 @pytest.mark.parametrize("host", ["timm", "dinov2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointing_gives_the_same_gradients(method: str, host: str, reentrant: bool) -> None:
-    model: Any = fitted(NOISY[host]().train(), method)
-    x = images(host)
+    # in double: with and without gradients, fused attention may take kernels that round differently
+    model: Any = fitted(NOISY[host]().double().train(), method)
+    x = images(host).double()
     expected = gradients(model, x)
     assert len(expected) > 30
     _checkpoint(model, reentrant)
