@@ -257,7 +257,7 @@ class ViTResNAS(nn.Module):
         return x, mask
 
     def _call(self, layer: nn.Module, *args: Any) -> Tensor:
-        if self.grad_checkpointing and self.training:
+        if self.grad_checkpointing:
             return checkpoint(layer, *args)
         return layer(*args)
 

@@ -1,0 +1,376 @@
+"""iLLaMA as a timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, PatchEmbed, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from transom.errors import SettingsError, TokensError
+from transom.papers.attention.illama.attention import Form, rotary, rotate, soft_causal
+
+Grid = tuple[int, int]
+Table = tuple[Tensor, Tensor]
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean x² + eps), in float32 or better, times a weight in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """W₂(silu(W₁ x) ⊙ W₃ x) without biases."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+def hidden_width(dim: int, ratio: float = 4.0, multiple: int = 256) -> int:
+    """Two thirds of ratio · dim, up to the next multiple."""
+    return -(-int(2 * int(dim * ratio) / 3) // multiple) * multiple
+
+
+class Attention(nn.Module):
+    """Rotary attention under a soft causal mask."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        form: Form = "after",
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.form = heads, dropout, form
+        self.qkv = nn.Linear(dim, 3 * dim, qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, table: Table, rate: float) -> Tensor:
+        """Tokens x (B, N, D) -> the same; `table` of :func:`rotary`, `rate` of the soft mask."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, table), rotate(k, table)
+        dropout = self.dropout if self.training else 0.0
+        y = soft_causal(q, k, v, rate, form=self.form, dropout=dropout)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm block of a decoder."""
+
+    def __init__(
+        self, dim: int, attention: Attention, hidden: int, eps: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = RmsNorm(dim, eps)
+        self.attn = attention
+        self.norm2 = RmsNorm(dim, eps)
+        self.mlp = SwiGLU(dim, hidden)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, table: Table, rate: float) -> Tensor:
+        """Tokens x (B, N, D) -> the same; see :class:`Attention`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), table, rate))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def resized(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Positions (1, h w + 1, D) for another grid: bicubic; the class entry stays last."""
+    if tuple(old) == tuple(new):
+        return table
+    patches = table[:, :-1].mT.unflatten(2, old)
+    patches = F.interpolate(patches.float(), new, mode="bicubic", align_corners=False)
+    return torch.cat([patches.to(table.dtype).flatten(2).mT, table[:, -1:]], 1)
+
+
+class ILLaMA(nn.Module):
+    """A vision transformer made of the parts of a LLaMA, its class token at the end.
+
+    Args:
+        img_size: height and width the position table is made for, pixels.
+        patch_size: pixels.
+        in_chans: channels of the image.
+        num_classes: outputs; 0 for features.
+        global_pool: "token" for the class token, "avg" for the mean of the patches, "" for all.
+        embed_dim: D.
+        depth: blocks.
+        num_heads: of each attention.
+        mlp_ratio, multiple_of: see :func:`hidden_width`.
+        qkv_bias: whether queries, keys and values have one.
+        rms_eps: of the norms.
+        rope_base: of the rotary angles.
+        soft_mask_rate: 1 bidirectional, 0 causal; also an attribute, not part of the state dict.
+        form: "after" masks behind the softmax, as released; "before" is strictly causal.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout behind the position embedding.
+        attn_drop_rate: on attention weights.
+        drop_path_rate: of the last block; linear from 0 at the first.
+
+    Raises:
+        SettingsError: a size does not fit another.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Grid = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        multiple_of: int = 256,
+        qkv_bias: bool = True,
+        rms_eps: float = 1e-6,
+        rope_base: float = 10000.0,
+        soft_mask_rate: float = 0.0,
+        form: Form = "after",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads or embed_dim // num_heads % 2:
+            raise SettingsError(
+                f"embed_dim is {embed_dim} and num_heads {num_heads}; expected heads of one even "
+                "width, as rotary positions turn pairs of channels"
+            )
+        if form not in ("after", "before"):
+            raise SettingsError(f"form is {form!r}; expected 'after' or 'before' the softmax")
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.head_width, self.rope_base = embed_dim // num_heads, rope_base
+        self.soft_mask_rate = soft_mask_rate
+        self.num_prefix_tokens = 0
+        self.grad_checkpointing = False
+        self._check_pool(global_pool)
+        self.grid = self._grid(img_size)
+
+        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        count = self.grid[0] * self.grid[1] + 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, count, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        hidden = hidden_width(embed_dim, mlp_ratio, multiple_of)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                Attention(embed_dim, num_heads, qkv_bias, attn_drop_rate, form),
+                hidden,
+                rms_eps,
+                rate,
+            )
+            for rate in rates
+        )
+        self.norm: nn.Module = RmsNorm(embed_dim, rms_eps)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._head()
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
+            for i in range(depth)
+        ]
+        self.init_weights()
+
+    def _head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = self.cls_token
+        return nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+
+    def _grid(self, size: int | Sequence[int]) -> Grid:
+        h, w = (size, size) if isinstance(size, int) else size
+        if h < 1 or w < 1 or h % self.patch_size or w % self.patch_size:
+            raise SettingsError(
+                f"img_size is {size}; expected multiples of the patch, {self.patch_size} pixels"
+            )
+        return h // self.patch_size, w // self.patch_size
+
+    def _check_pool(self, global_pool: str) -> None:
+        if global_pool not in ("", "token", "avg"):
+            raise SettingsError(f"global_pool is {global_pool!r}; expected 'token', 'avg' or ''")
+        self.global_pool = global_pool
+
+    def init_weights(self) -> None:
+        """Truncated normal of 0.02 for linear layers, class token and positions; biases zero."""
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter groups for layer decay."""
+        stem = r"^cls_token|^pos_embed|^patch_embed"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head; 0 classes for none."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self._check_pool(global_pool)
+        self.head = self._head()
+
+    def set_input_size(self, img_size: int | Grid) -> None:
+        """Interpolate the position table to another image size, for good.
+
+        Args:
+            img_size: height and width, pixels.
+
+        Raises:
+            SettingsError: it is no multiple of the patch.
+        """
+        grid = self._grid(img_size)
+        self.pos_embed = nn.Parameter(resized(self.pos_embed.data, self.grid, grid))
+        self.grid = grid
+
+    def set_dropout(self, rate: float) -> None:
+        """Another rate for all dropout that is no drop path, for a schedule."""
+        self.pos_drop.p = self.head_drop.p = rate
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.dropout = rate
+
+    def set_drop_path(self, rate: float) -> None:
+        """Another rate for the drop path of the last block, linear from 0, for a schedule."""
+        paths = [module for module in self.modules() if isinstance(module, DropPath)]
+        for i, path in enumerate(paths):
+            path.drop_prob = rate * i / max(len(paths) - 1, 1)
+
+    def _run(
+        self, x: Tensor, stop: int | None = None, taken: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, Grid]:
+        """Tokens [patches, class] behind the last block wanted, and the grid of the patches."""
+        height, width = x.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise TokensError(
+                f"got an image of {height} x {width} pixels; expected multiples of the patch, "
+                f"{self.patch_size}: resize the image"
+            )
+        grid = height // self.patch_size, width // self.patch_size
+        x = self.patch_embed(x)
+        x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
+        x = self.pos_drop(x + resized(self.pos_embed, self.grid, grid))
+        table = rotary(x.shape[1], self.head_width, self.rope_base, x)
+        for i, block in enumerate(self.blocks[:stop]):
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, table, self.soft_mask_rate)
+            else:
+                x = block(x, table, self.soft_mask_rate)
+            if taken is not None:
+                taken[i] = x
+        return x, grid
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) -> normed tokens (B, h w + 1, D), the class token last."""
+        return self.norm(self._run(x)[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed tokens -> logits; `pre_logits` stops before the head."""
+        if self.global_pool == "token":
+            x = x[:, -1]
+        elif self.global_pool == "avg":
+            x = x[:, :-1].mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) -> logits (B, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features behind some blocks.
+
+        Args:
+            x: image (B, C, H, W).
+            indices: the last n blocks if an integer, these if a list, all if None.
+            return_prefix_tokens: pair each with the class token, which is the last one here.
+            norm: apply the final norm.
+            stop_early: do not run the blocks behind the last one wanted.
+            output_fmt: "NCHW" maps or "NLC" tokens.
+            intermediates_only: give the list alone.
+
+        Raises:
+            SettingsError: the format is unknown.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        taken: dict[int, Tensor] = {}
+        out, grid = self._run(x, last + 1 if stop_early else None, taken)
+        found: list[Any] = []
+        for i in take:
+            y = self.norm(taken[i]) if norm else taken[i]
+            patches = y[:, :-1]
+            if output_fmt == "NCHW":
+                patches = patches.mT.unflatten(2, grid).contiguous()
+            found.append((patches, y[:, -1:]) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(out), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks behind the last one wanted.
+
+        Args:
+            indices: as in :meth:`forward_intermediates`.
+            prune_norm: replace the final norm by the identity.
+            prune_head: drop the head.
+
+        Returns:
+            The blocks that are taken.
+        """
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return list(take)
