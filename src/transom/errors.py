@@ -29,3 +29,11 @@ class CheckpointError(TransomError):
 
 class DataError(TransomError):
     """Images or labels cannot be used for a measurement."""
+
+
+class ExportError(TransomError):
+    """A model cannot be written as a file that runs without transom."""
+
+
+class TrainingError(TransomError):
+    """A training run cannot go on: its loss is no number, or its folder holds another run."""

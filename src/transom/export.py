@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from transom.errors import SettingsError, TransomError
+from transom.errors import ExportError, SettingsError, TransomError
 
 Format = Literal["onnx", "pt2"]
+Example = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Exported:
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example: Tensor,
+    example: Example,
     *,
     to: Format | None = None,
 ) -> Exported:
@@ -49,7 +50,9 @@ def export(
         model: returns a tensor, or a mapping or sequence of them; put into eval mode for the
             export and back afterwards.
         path: of the file; ".onnx" and ".pt2" name the format.
-        example: images (B, C, H, W). The file takes this shape.
+        example: images (B, C, H, W), or the model's arguments by name, such as the ids and the
+            padding mask of texts. The file takes these shapes; which tokens are padding may
+            differ from call to call.
         to: "onnx" or "pt2" where the path does not say.
 
     Returns:
@@ -57,8 +60,9 @@ def export(
 
     Raises:
         SettingsError: the format is not known.
-        TransomError: a package is missing, the export fails, or the file gives other outputs than
+        ExportError: a package is missing, the export fails, or the file gives other outputs than
             the model (then it is not kept).
+        TokensError: a fitted method has no form for this input. Nothing is written then.
     """
     path = Path(path)
     to = to or {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix)  # type: ignore[assignment]
@@ -66,18 +70,17 @@ def export(
         raise SettingsError(f"got to={to!r} and the file {path.name!r}; expected 'onnx' or 'pt2'")
     training = model.training
     model.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.{to}")
     try:
         with torch.no_grad():
-            expected = _flat(model(example))
+            expected = _flat(_called(model, example))
             write = _write_onnx if to == "onnx" else _write_pt2
             run = write(model, part, example)
             got = run()
         difference = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
         scale = max(float(b.abs().max()) for b in expected)
         if not difference <= 1e-3 * max(scale, 1.0):
-            raise TransomError(
+            raise ExportError(
                 f"the exported file differs from the model by {difference:.2g} (outputs reach "
                 f"{scale:.2g}); it was not kept. Please report the model and the method"
             )
@@ -88,47 +91,74 @@ def export(
     return Exported(path, to, difference, scale, run)
 
 
-def _write_pt2(model: nn.Module, path: Path, example: Tensor) -> Callable[[], list[Tensor]]:
-    program = torch.export.export(model, (example,), strict=False)
+def _write_pt2(model: nn.Module, path: Path, example: Example) -> Callable[[], list[Tensor]]:
+    args, kwargs = _arguments(example)
+    try:
+        program = torch.export.export(model, args, kwargs, strict=False)
+    except TransomError:
+        raise
+    except Exception as error:
+        raise ExportError(f"this model cannot be exported to pt2: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, str(path))
     with path.open("rb") as file:
         loaded: Any = torch.export.load(file).module()
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return _flat(loaded(example))
+            return _flat(loaded(*args, **kwargs))
 
     return run
 
 
-def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> Callable[[], list[Tensor]]:
+def _write_onnx(model: nn.Module, path: Path, example: Example) -> Callable[[], list[Tensor]]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise TransomError(
+        raise ExportError(
             f"exporting to ONNX needs {error.name}: pip install 'transom[export]'"
         ) from error
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
+    args, kwargs = _arguments(example)
     try:
-        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
     except Exception as error:
-        raise TransomError(f"this model cannot be exported to ONNX: {error}") from error
+        raise ExportError(f"this model cannot be exported to ONNX: {_cause(error)}") from error
     finally:
         noisy.setLevel(level)
     assert program is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: example.cpu().numpy()}
+    given = [*args, *kwargs.values()]
+    feed = {i.name: x.cpu().numpy() for i, x in zip(session.get_inputs(), given, strict=True)}
 
     def run() -> list[Tensor]:
         return [torch.from_numpy(value) for value in session.run(None, feed)]
 
     return run
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Our own refusal, where the exporter has wrapped it into a report of its own."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, TransomError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
+
+
+def _arguments(example: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return ((example,), {}) if isinstance(example, Tensor) else ((), dict(example))
+
+
+def _called(model: nn.Module, example: Example) -> Any:
+    args, kwargs = _arguments(example)
+    return model(*args, **kwargs)
 
 
 def _flat(output: Any) -> list[Tensor]:

@@ -27,6 +27,19 @@ def test_an_image_does_not_depend_on_its_batch(method: str, host: str) -> None:
             torch.testing.assert_close(a[1:2], b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("host", ["timm-average", "hf-dinov2", "hf-dinov2-backbone"])
+@torch.no_grad()
+def test_what_kth_matching_drops_is_restored(host: str) -> None:
+    """Of 16 patches and k = 3 the last belongs to no group: it keeps the features it last had."""
+    model, x = HOSTS[host](), images(host, 3)
+    plain = call(model, x)
+    transom.apply(model, "tome", kth=3, where=[1])
+    together, alone = call(model, x), call(model, x[2:])
+    assert [t.shape for t in together] == [t.shape for t in plain]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[2:], b, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("method", "host"), ON_CORE)
 @torch.no_grad()
 def test_the_record_adds_up(method: str, host: str) -> None:

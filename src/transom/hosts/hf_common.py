@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -340,8 +341,8 @@ def follow(bias: Tensor, home: Tensor | None) -> Tensor:
     """
     if home is None:
         return bias
-    item = torch.arange(len(home), device=home.device)[:, None, None]
-    chosen = bias.expand(len(home), -1, -1, -1)[item, :, home[:, :, None], home[:, None]]
+    item = torch.arange(home.shape[0], device=home.device)[:, None, None]
+    chosen = bias.expand(home.shape[0], -1, -1, -1)[item, :, home[:, :, None], home[:, None]]
     return chosen.permute(0, 3, 1, 2)  # (B, N, N, H) -> (B, H, N, N)
 
 
@@ -454,6 +455,41 @@ class HfBlock(BlockView):
         if module.training and getattr(module, "gradient_checkpointing", False):
             return module._gradient_checkpointing_func
         return None
+
+
+def _unpadded(root: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of an encoder that says there is no padding when it is exported without a mask.
+
+    The library would make a mask of all tokens then, because it cannot look into one, and every
+    reduction would have to go the long way that padding needs. One number that masks nothing is
+    handed on as it is.
+    """
+    if torch.compiler.is_exporting():
+        place = arguments(root)[0].index("attention_mask") + 1
+        if len(args) <= place and kwargs.get("attention_mask") is None:
+            like = next(root.parameters())
+            one = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
+            fused = root.config._attn_implementation == "sdpa"
+            kwargs["attention_mask"] = one == 0 if fused else one
+    return type(root).forward(root, *args, **kwargs)
+
+
+class UnpaddedForward(partial[Any]):
+    """:func:`_unpadded` of one encoder, with the signature of the encoder's own forward.
+
+    Of all callables that are no functions, torch.export takes only a partial for a forward.
+    """
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        (root,) = self.args
+        return inspect.signature(partial(type(root).forward, root))
+
+
+def unpadded(root: nn.Module) -> Iterator[Change]:
+    """Put :class:`UnpaddedForward` over an encoder that takes a mask."""
+    if "attention_mask" in arguments(root)[0] and "forward" not in root.__dict__:
+        yield put(root, "forward", UnpaddedForward(_unpadded, root))
 
 
 def returns_tuple(block: nn.Module) -> bool:

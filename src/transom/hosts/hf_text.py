@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts import hf_vision
 from transom.hosts.base import Change, Host, Reads, parts
-from transom.hosts.hf_common import HfBlock, encoders, register, stack
+from transom.hosts.hf_common import HfBlock, encoders, register, stack, unpadded
 
 # Parts of a block whose attention and ffn close with a norm of their own, or beside them.
 CLOSING = ("attention", "intermediate", "output")
@@ -146,16 +146,17 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
         reads=reads,
         architecture=config.model_type,
         example=partial(_text, root),
-        install=partial(_install, views),
+        install=partial(_install, root, views),
         follows=any("position_bias" in view.own for view in views),
         modality="text",
     )
 
 
-def _install(views: list[PostNormBlock]) -> Iterator[Change]:
+def _install(root: nn.Module, views: list[PostNormBlock]) -> Iterator[Change]:
     register()
     for view in views:
         yield from view.reach.install(view.module)
+    yield from unpadded(root)
 
 
 def _text(root: Any) -> Mapping[str, Tensor]:

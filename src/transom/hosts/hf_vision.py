@@ -7,7 +7,6 @@ refused by name. See :mod:`transom.hosts.hf_common` for the attention.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transom.errors import HostError, TokensError
+from transom.errors import ExportError, HostError, TokensError
 from transom.hosts.base import Change, Host, Modality, Reads, example_pixels, parts, put
 from transom.hosts.hf_common import (
     ATTENTION,
@@ -26,6 +25,7 @@ from transom.hosts.hf_common import (
     register,
     role,
     stack,
+    unpadded,
 )
 from transom.ops import attention
 from transom.slots import Ask, Part
@@ -220,35 +220,6 @@ class PackedBlock(PreNormBlock):
         return images.valid if isinstance(images, Images) else super().valid(*args, **kwargs)
 
 
-def _unpadded(root: Any, *args: Any, **kwargs: Any) -> Any:
-    """Forward of an encoder that says there is no padding when it is exported without a mask.
-
-    The library would make a mask of all tokens then, because it cannot look into one, and every
-    reduction would have to go the long way that padding needs. One number that masks nothing is
-    handed on as it is.
-    """
-    if torch.compiler.is_exporting():
-        place = arguments(root)[0].index("attention_mask") + 1
-        if len(args) <= place and kwargs.get("attention_mask") is None:
-            like = next(root.parameters())
-            one = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
-            fused = root.config._attn_implementation == "sdpa"
-            kwargs["attention_mask"] = one == 0 if fused else one
-    return type(root).forward(root, *args, **kwargs)
-
-
-class UnpaddedForward(partial[Any]):
-    """:func:`_unpadded` of one encoder, with the signature of the encoder's own forward.
-
-    Of all callables that are no functions, torch.export takes only a partial for a forward.
-    """
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        (root,) = self.args
-        return inspect.signature(partial(type(root).forward, root))
-
-
 class Images:
     """The lengths of the images in one sequence; stands in for the mask that kept them apart."""
 
@@ -287,6 +258,12 @@ class PackedForward:
             raise TokensError(
                 "a fitted method needs the mask that keeps the images of a sequence apart; call "
                 "the vision model as a whole"
+            )
+        if torch.compiler.is_exporting():
+            raise ExportError(
+                f"{type(self.module).__name__} gets the images of a batch in one sequence; which "
+                "tokens belong together is read from a mask, and an exported graph cannot look "
+                "into one. Remove the method before the export"
             )
         images: Any = Images(attention_mask)
         forward = type(self.module).forward
@@ -410,8 +387,8 @@ def _install(root: Any, views: list[PreNormBlock]) -> Iterator[Change]:
         yield from view.reach.install(view.module)
     if isinstance(views[0], PackedBlock):
         yield put(root.transformer, "forward", PackedForward(root.transformer))
-    elif "attention_mask" in arguments(root)[0] and "forward" not in root.__dict__:
-        yield put(root, "forward", UnpaddedForward(_unpadded, root))
+    else:
+        yield from unpadded(root)
 
 
 def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:

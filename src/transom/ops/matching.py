@@ -103,7 +103,7 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     count = metric.shape[1]
     r = max(0, min(r, (count - prefix) // 2))
     if count < 2:  # a single token has no partner
-        stay = torch.arange(count, device=metric.device).expand(len(metric), -1)
+        stay = torch.arange(count, device=metric.device).expand(metric.shape[0], -1)
         return Matching(stay, stay[:, :0], stay[:, :0])
     metric = unit(metric)
     scores = metric[:, ::2] @ metric[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))

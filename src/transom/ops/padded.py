@@ -47,7 +47,17 @@ def real(valid: Tensor) -> Real:
 def share(count: Tensor, ratio: float) -> Tensor:
     """How many of `count` (B,) tokens leave when `ratio` of them stay (PiToMe's floor, float64)."""
     precise = count.double()
-    return (precise - precise * ratio).floor().long()
+    return (precise - precise * _double(ratio)).floor().long()
+
+
+def quota(count: Tensor, rate: float) -> Tensor:
+    """How many of `count` (B,) tokens stay when `rate` of them do (EViT's ceiling, float64)."""
+    return (count.double() * _double(rate)).ceil().long()
+
+
+def _double(number: float) -> Tensor:
+    """A number that stays float64 in an exported graph; ONNX makes a plain one float32."""
+    return torch.tensor(number, dtype=torch.float64)
 
 
 def _places(like: Tensor, count: int) -> Tensor:
@@ -61,7 +71,8 @@ def _assemble(found: Real, source: Tensor, partner: Tensor, rank: Tensor, r: Ten
         found: the real tokens.
         source: (B, R) places, in the order of `found`, of which the first r are meant.
         partner: (B, R) place that each flows into.
-        rank: (B, N) where each real token shall stand if it stays; any increasing numbers.
+        rank: (B, N) where each real token shall stand if it stays: different numbers whose
+            amount is below 8 N.
         r: (B,) real tokens that leave.
 
     Returns:
@@ -74,9 +85,10 @@ def _assemble(found: Real, source: Tensor, partner: Tensor, rank: Tensor, r: Ten
     spare = slot >= r[:, None]
     source = torch.where(spare, count - 1 - slot + r[:, None], source)
     rank = torch.where(r[:, None] > 0, rank, place)  # where nothing leaves, nothing moves
-    rank = torch.where(place < found.amount[:, None], rank, rank.abs().amax() + 1 + place)
-    rank = rank.scatter(1, source, torch.iinfo(rank.dtype).max)
-    keep = rank.argsort(dim=-1, stable=True)[:, :kept]
+    rank = torch.where(place < found.amount[:, None], rank, 8 * count + place)
+    rank = rank.scatter(1, source, 16 * count)
+    # only those cut off are equal, so the sort need not be stable, which ONNX does not know
+    keep = rank.argsort(dim=-1)[:, :kept]
     new = torch.zeros_like(rank).scatter(1, keep, place[:kept].expand(batch, -1))
     into = torch.where(spare, kept - 1, new.gather(1, partner))
     return Matching(found.order.gather(1, keep), found.order.gather(1, source), into)
@@ -98,7 +110,7 @@ def bipartite(metric: Tensor, valid: Tensor, r: int, prefix: int = 0) -> Matchin
     count = metric.shape[1]
     most = max(0, min(r, (count - prefix) // 2))
     if count < 2:  # a single token has no partner
-        stay = torch.arange(count, device=metric.device).expand(len(metric), -1)
+        stay = torch.arange(count, device=metric.device).expand(metric.shape[0], -1)
         return Matching(stay, stay[:, :0], stay[:, :0])
     found = real(valid)
     each = ((found.amount - prefix) // 2).clamp(0, most)
@@ -113,10 +125,10 @@ def bipartite(metric: Tensor, valid: Tensor, r: int, prefix: int = 0) -> Matchin
     best, partner = scores.max(-1)
     order = descending(best)
     chosen = order[:, :most]
-    stands = place[::2].expand(len(metric), -1)
+    stands = place[::2].expand(metric.shape[0], -1)
     if not prefix:
         stands = torch.zeros_like(order).scatter(1, order, place[: order.shape[1]].expand_as(order))
-    rank = (place + 2 * count).repeat(len(metric), 1)
+    rank = (place + 2 * count).repeat(metric.shape[0], 1)
     rank[:, ::2] = stands
     rank[:, :prefix] = place[:prefix] - count
     return _assemble(found, 2 * chosen, 2 * partner.gather(1, chosen) + 1, rank, each)
@@ -230,7 +242,7 @@ def highest(
     amount = genuine.sum(-1)[:, None]
     rank = place + torch.where(place < stay[:, None], 0, 2 * count)
     rank = torch.where(place < amount, rank, place + count)
-    line = order.gather(1, rank.argsort(dim=-1, stable=True))
+    line = order.gather(1, rank.argsort(dim=-1))
     front = _places(order, prefix).expand(batch, -1)
     lead = order.gather(1, stay[:, None].clamp(max=count - 1))
     rest = line[:, most:].sort(-1).values

@@ -54,18 +54,22 @@ class KeepRandom:
     def _padded(self, valid: Tensor, prefix: int, k: int) -> Tensor:
         """The same draw for each item of a padded batch as for that item alone."""
         behind = valid[:, prefix:]
-        score = torch.zeros(behind.shape)
-        kept = []
-        for item, real in enumerate(behind.cpu()):
-            places = real.nonzero()[:, 0]
-            order = shuffled(len(places), self.seed)
-            kept.append(
-                min(math.ceil(self.keep_rate * len(order)) if self.count is None else k, len(order))
-            )
-            score[item, places[order]] = -torch.arange(len(order), dtype=torch.float32)
-        stay = torch.tensor(kept, device=valid.device)
-        index, _, _ = padded.highest(score.to(valid.device), valid, stay, k, prefix)
+        total = behind.shape[1]
+        amount = behind.sum(-1)
+        # a graph has to hold the draw of every length, because it cannot look at the mask
+        lengths = range(total + 1) if torch.compiler.is_compiling() else set(amount.tolist())
+        turns = [ranks(n, self.seed) if n in lengths else [] for n in range(total + 1)]
+        table = torch.tensor([[*turn, *[total] * (total - len(turn))] for turn in turns])
+        stays = torch.tensor([self._stays(n, k) for n in range(total + 1)])
+        place = (behind.cumsum(-1) - 1).clamp(min=0)
+        turn = table.to(valid.device)[amount].gather(1, place)
+        stay = stays.to(valid.device)[amount]
+        index, _, _ = padded.highest(-turn.to(torch.float32), valid, stay, k, prefix)
         return index.sort(-1).values
+
+    def _stays(self, length: int, k: int) -> int:
+        """How many of `length` real tokens stay where the batch keeps k."""
+        return min(math.ceil(self.keep_rate * length) if self.count is None else k, length)
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -80,6 +84,14 @@ def shuffled(count: int, seed: int) -> list[int]:
         j = (state >> 8) % (i + 1)
         order[i], order[j] = order[j], order[i]
     return order
+
+
+def ranks(count: int, seed: int) -> list[int]:
+    """The turn of each of `count` numbers in :func:`shuffled`."""
+    turn = [0] * count
+    for i, number in enumerate(shuffled(count, seed)):
+        turn[number] = i
+    return turn
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ class ToMe(Method):
     def fit(self, host: Host) -> list[Fill]:
         if self.kth is not None:
             step = None if self.kth == 1 else MergeToEveryKth(self.kth)
-            return [Fill(tokens=step, size_bias=self.prop_attn)] * host.depth
+            # tokens beyond a multiple of kth are dropped
+            return [Fill(tokens=step, size_bias=self.prop_attn, drops=self.kth > 1)] * host.depth
         return [
             Fill(tokens=MergePairs(r) if r else None, size_bias=self.prop_attn)
             for r in self.per_block(host.depth)
