@@ -16,8 +16,8 @@ path      how                                   needs
 reference all N² logits, then a mask            memory
 tiled     blocks of queries against a box of    nothing; the path of CPUs
           keys (:mod:`.tiled`)
-flex      compiled flex attention with a block  a compiler; on CPUs no gradient
-          mask (:mod:`.kernels`)
+flex      compiled flex attention with a block  a compiler; on CPUs no gradient and no
+          mask (:mod:`.kernels`)                log-sum-exp
 natten    the kernels of the paper's authors    the package natten with its CUDA library
 ========= ===================================== ===========================================
 
@@ -82,6 +82,7 @@ def explain(
     *,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Choice:
     """Which path :func:`attend` takes for these arguments, and why.
 
@@ -90,16 +91,21 @@ def explain(
     """
     found = axes(q.shape[1:-2], kernel_size, stride, dilation, is_causal)
     _check(q, k, v, extra_k, extra_v)
-    return _choose(q, k, v, found, extra_k)
+    return _choose(q, k, v, found, extra_k, return_lse)
 
 
 def _choose(
-    q: Tensor, k: Tensor, v: Tensor, found: tuple[Axis, ...], extra_k: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: tuple[Axis, ...],
+    extra_k: Tensor | None,
+    lse: bool,
 ) -> Choice:
     extra = 0 if extra_k is None else extra_k.shape[1]
     reasons: dict[Path, str | None] = {
-        "natten": kernels.natten_refuses(q, k, v),
-        "flex": kernels.flex_refuses(q, k, v),
+        "natten": kernels.natten_refuses(q, k, v, lse=lse),
+        "flex": kernels.flex_refuses(q, k, v, lse=lse),
     }
     refused = {path: why for path, why in reasons.items() if why is not None}
     path: Path = "tiled"
@@ -111,7 +117,7 @@ def _choose(
     tokens, keys = 1, 1
     for axis in found:
         tokens, keys = tokens * axis.length, keys * axis.kernel
-    cut = tiled.sizes(found, q.shape[0] * q.shape[-2], q.shape[-1], extra)
+    cut = tiled.sizes(found, q.shape[-2], q.shape[-1], extra)
     tile = cut if path == "tiled" else None
     return Choice(path, why, refused, keys + extra, tokens, tile)
 
@@ -213,12 +219,15 @@ def attend(
     found = axes(q.shape[1:-2], kernel_size, stride, dilation, is_causal)
     _check(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    taken = _choose(q, k, v, found, extra_k).path if path is None else _asked(path, q, k, v)
+    if path is None:
+        taken = _choose(q, k, v, found, extra_k, return_lse).path
+    else:
+        taken = _asked(path, q, k, v, return_lse)
     lse: Tensor | None
     if taken == "tiled":
         out, lse = tiled.attend(q, k, v, found, scale, extra_k, extra_v, lse=return_lse)
     elif taken == "flex":
-        out, lse = kernels.flex(q, k, v, found, scale, extra_k, extra_v)
+        out, lse = kernels.flex(q, k, v, found, scale, extra_k, extra_v, lse=return_lse)
     elif taken == "natten":
         out, lse = kernels.natten(q, k, v, found, scale, extra_k, extra_v)
     else:
@@ -229,11 +238,11 @@ def attend(
     return out, lse
 
 
-def _asked(path: Path, q: Tensor, k: Tensor, v: Tensor) -> Path:
+def _asked(path: Path, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Path:
     if path not in PATHS:
         raise SettingsError(f"path is {path!r}; expected one of {', '.join(PATHS)}, or None")
     refusals = {"natten": kernels.natten_refuses, "flex": kernels.flex_refuses}
-    why = refusals[path](q, k, v) if path in refusals else None
+    why = refusals[path](q, k, v, lse=lse) if path in refusals else None
     if why is not None:
         raise SettingsError(f"path {path!r} cannot run here: {why}; leave path out to choose")
     return path

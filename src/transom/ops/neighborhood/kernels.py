@@ -21,12 +21,14 @@ def _wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def flex_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def flex_refuses(q: Tensor, k: Tensor, v: Tensor, *, lse: bool) -> str | None:
     """Why flex attention cannot run here; None if it can."""
     if q.dtype not in _HALF_OR_SINGLE:
         return f"flex attention has no {q.dtype}"
     if q.device.type == "cpu" and _wants_gradient(q, k, v):
         return "flex attention has no gradient on CPUs"
+    if q.device.type == "cpu" and lse:
+        return "flex attention gives no log-sum-exp on CPUs"
     if q.device.type not in ("cpu", "cuda"):
         return f"flex attention was not tried on {q.device.type}"
     return None
@@ -87,8 +89,10 @@ def flex(
     scale: float,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compiled flex attention; arguments and result as those of the reference."""
+    *,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compiled flex attention; arguments and result as those of the tiles."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     last = len(axes)
@@ -97,18 +101,21 @@ def flex(
     if extra_k is not None and extra_v is not None:
         extra = extra_k.shape[1]
         key, value = torch.cat([extra_k, key], 1), torch.cat([extra_v, value], 1)
-    out, aux = _compiled()(
+    made = _compiled()(
         *(t.transpose(1, 2).contiguous() for t in (query, key, value)),
         block_mask=_block_mask(axes, extra, q.device),
         scale=scale,
         enable_gqa=q.shape[-2] != k.shape[-2],
-        return_aux=AuxRequest(lse=True),
+        return_aux=AuxRequest(lse=True) if lse else None,
     )
     grid = q.shape[1:-2]
-    return out.transpose(1, 2).unflatten(1, grid), aux.lse.transpose(1, 2).unflatten(1, grid)
+    out, sums = (made[0], made[1].lse) if lse else (made, None)
+    if sums is not None:
+        sums = sums.transpose(1, 2).unflatten(1, grid)
+    return out.transpose(1, 2).unflatten(1, grid), sums
 
 
-def natten_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def natten_refuses(q: Tensor, k: Tensor, v: Tensor, *, lse: bool) -> str | None:
     """Why the package natten cannot run here; None if it can."""
     if importlib.util.find_spec("natten") is None:
         return "the package natten is not installed"

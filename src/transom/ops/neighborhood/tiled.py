@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +81,14 @@ def _strided(remainder: int, start: int, stop: int, step: int) -> slice:
     return slice(remainder + start * step, remainder + (stop - 1) * step + 1, step)
 
 
-def sizes(axes: Sequence[Axis], rows: int, width: int, extra: int = 0) -> tuple[int, ...]:
+def sizes(axes: Sequence[Axis], heads: int, width: int, extra: int = 0) -> tuple[int, ...]:
     """Queries of a tile along every axis, by the cheapest of a few dozen cuts.
+
+    The batch is not asked, so that an image is cut the same whatever comes with it.
 
     Args:
         axes: the windows.
-        rows: batch times heads.
+        heads: number of them.
         width: of a head.
         extra: keys that every query sees as well.
     """
@@ -101,17 +102,18 @@ def sizes(axes: Sequence[Axis], rows: int, width: int, extra: int = 0) -> tuple[
         choices.append(sorted(cuts))
     return min(
         itertools.product(*choices),
-        key=lambda cut: _cost(axes, cut, rows, width, extra),
+        key=lambda cut: _cost(axes, cut, heads, width, extra),
     )
 
 
-def _cost(axes: Sequence[Axis], cut: Sequence[int], rows: int, width: int, extra: int) -> float:
-    tiles = math.prod(a.dilation * -(-a.group(0) // c) for a, c in zip(axes, cut, strict=True))
-    queries = math.prod(cut)
-    keys = extra + math.prod(
-        min(c + a.kernel - 1, a.group(0)) for a, c in zip(axes, cut, strict=True)
-    )
-    return tiles * (_TILE_COST + 2 * rows * (queries + _HALF_SPEED) * keys * width)
+def _cost(axes: Sequence[Axis], cut: Sequence[int], heads: int, width: int, extra: int) -> float:
+    tiles, queries, keys = 1, 1, 1
+    for axis, size in zip(axes, cut, strict=True):
+        n = axis.group(0)
+        tiles *= axis.dilation * -(-n // size)
+        queries *= size
+        keys *= min(size + axis.kernel - 1, n)
+    return tiles * (_TILE_COST + 2 * heads * (queries + _HALF_SPEED) * (keys + extra) * width)
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,7 @@ class Inputs:
 
     def steps(self, axes: tuple[Axis, ...], dtype: torch.dtype) -> Iterator[tuple[Tile, Any]]:
         """Every tile with its mask."""
-        rows = self.q.shape[0] * self.q.shape[-2]
-        cut = sizes(axes, rows, self.q.shape[-1], self.extra)
+        cut = sizes(axes, self.q.shape[-2], self.q.shape[-1], self.extra)
         masks = Masks(self.extra, dtype, self.q.device)
         for tile in tiles(axes, cut):
             yield tile, masks.of(tile)
@@ -278,12 +279,10 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = Inputs(*ctx.saved_tensors)
-        wide = _wide(given.q.dtype)
-        q, k, v, extra_k, extra_v = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        given, wide = Inputs(*saved), _wide(saved[0].dtype)
         gradients = [
-            None if t is None else torch.zeros(t.shape, dtype=wide, device=t.device)
-            for t in (q, k, v, extra_k, extra_v)
+            None if t is None else torch.zeros(t.shape, dtype=wide, device=t.device) for t in saved
         ]
         dq, *d_boxes = gradients
         assert dq is not None
@@ -302,7 +301,7 @@ class Tiled(torch.autograd.Function):
             d_key = d_logits.mT @ query
             for box, extra, change in zip(d_boxes[:2], d_boxes[2:], (d_key, d_value), strict=True):
                 _give(box, extra, change.transpose(1, 2), tile, given.extra)
-        made = zip((q, k, v, extra_k, extra_v), gradients, strict=True)
+        made = zip(saved, gradients, strict=True)
         return *(None if g is None else g.to(t.dtype) for t, g in made), None, None, None
 
 
