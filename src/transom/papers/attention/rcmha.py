@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from transom.errors import FitError, SettingsError, TokensError
 from transom.hosts.base import Host
+from transom.hosts.heads import head_shape
 from transom.ops import relative
 from transom.registry import Method, Offer
-from transom.slots import BlockView, Fill
+from transom.slots import Fill
 from transom.tokens import Record
 
 Positions = Literal["sequence", "grid"]
@@ -471,16 +472,6 @@ class ConvolvedAttention(nn.Module):
         return F.pad(inside, (prefix, 0, prefix, 0))  # the prefix has no place on the grid
 
 
-def _heads(view: BlockView) -> tuple[int, int] | None:
-    """Number and width of the heads of a block; None if they are not those of its projections."""
-    given = view.projections()
-    if given is None:
-        return None
-    width = len(given.q[0]) // given.heads
-    own = getattr(view.part("attention"), "head_dim", width)
-    return (given.heads, width) if own == width else None  # pairs of heads have another
-
-
 def _reaches(method: RCMHA, host: Host) -> tuple[int, ...]:
     """P of each table."""
     if method.positions == "sequence":
@@ -551,7 +542,7 @@ class RCMHA(Method):
         rng = torch.Generator().manual_seed(self.seed)
         fills = []
         for i, view in enumerate(host.views):
-            shape = _heads(view)
+            shape = head_shape(view)
             if shape is None or host.follows:
                 raise FitError(
                     f"rcmha needs plain projections to q, k and v and positions outside of the "
