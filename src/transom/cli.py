@@ -201,6 +201,46 @@ def _scheduled(
 
 
 @app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has examples.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes, for example optim.lr=3e-4 epochs=10."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; transom-train/ and the recipe's name by default.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin again; by default a stopped run goes on.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Train a model, or fine-tune it with a method fitted.
+
+    Writes weights, logs (CSV, TensorBoard) and checkpoints to --out. The same command goes on
+    where a stopped run was. On several GPUs: accelerate launch -m transom.cli train RECIPE.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise TransomError("training needs accelerate: pip install 'transom[train]'") from None
+    from transom.train import read_recipe
+    from transom.train import train as run
+    from transom.train.progress import Bar
+
+    _threads(threads)
+    parsed = read_recipe(recipe, changes or [])
+    with Bar(errors) as bar:
+        done = run(parsed, out or Path("transom-train") / recipe.stem, watch=bar, fresh=fresh)
+    console.print(
+        f"{done.score.accuracy:.2f} % of {done.score.count} test images; weights and logs: "
+        f"{done.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Option(help="As in compare.")],
     to: Annotated[str, typer.Option(help="onnx or pt2.")],
@@ -492,3 +532,7 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         raise
+
+
+if __name__ == "__main__":
+    main()

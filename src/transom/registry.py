@@ -13,12 +13,12 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.errors import SettingsError
 from transom.settings import check
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transom.hosts import Host
 
 Kind = Literal["operator", "objective", "lens", "pipeline"]
+Takes = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,35 @@ class Room:
         return kinds + sorted({offer.kind for offer in self.offers})
 
 
+class Training:
+    """What a method adds to training. This base adds nothing; rooms override what they need.
+
+    One instance belongs to one run, so it may keep what it needs between calls.
+    """
+
+    def at_step(self, model: nn.Module, step: int, total: int) -> Mapping[str, Any]:
+        """Settings of the method that hold from this step on.
+
+        Args:
+            model: with the method fitted.
+            step: of the optimizer, about to be made, counted from 0; `total` when training is over.
+            total: steps of the whole training.
+
+        Returns:
+            Settings for ``transom.adjust``; empty to leave everything as it is.
+        """
+        return {}
+
+    def extra_loss(self, model: nn.Module, outputs: Tensor) -> Tensor | None:
+        """A loss that is added to that of the task; None for none.
+
+        Args:
+            model: with the method fitted, right after its forward pass.
+            outputs: what it returned, (B, C).
+        """
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Method(ABC):
     """One paper's idea as something that fills slots of a host.
@@ -100,6 +130,8 @@ class Method(ABC):
 
     slug: ClassVar[str]
     """Registry key: the name of the room's file, with dashes."""
+    takes: ClassVar[Takes] = "encoder"
+    """Which part of a model it is fitted to."""
     needs_class_token: ClassVar[bool] = False
     """Whether hosts without a class token are refused."""
     needs_grid: ClassVar[bool] = False
@@ -173,6 +205,21 @@ class Method(ABC):
             Settings for the constructor.
         """
         return None
+
+    def training(self, **options: Any) -> Training:
+        """What the paper adds to training: losses, schedules.
+
+        Args:
+            **options: of the schedule or loss, with the paper's defaults.
+
+        Raises:
+            SettingsError: an option is unknown.
+        """
+        if options:
+            raise SettingsError(
+                f"{self.slug} adds nothing to training that has options; got {list(options)}"
+            )
+        return Training()
 
     def settings(self) -> dict[str, Any]:
         """The hyperparameters as plain values."""

@@ -27,6 +27,9 @@ from transom.measure.quality import check_labels
 
 logger = logging.getLogger(__name__)
 
+# PIL reports broken files with all of these; one of them must not end a long run
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 Source = str | PathLike[str] | Tensor | Iterable[Any]
 
 
@@ -133,7 +136,7 @@ def load_images(
                 f"labels were given for {path.name}, but a folder or file brings its own; pass "
                 "labels=False to leave them out, or the images as a list"
             )
-        found = _from_path(path, classes if labels is not False else None, limit)
+        found = find(path, classes if labels is not False else None, limit)
         if labels is False:
             found = replace(found, labels=None, classes=None)
     elif isinstance(source, Tensor):
@@ -145,11 +148,11 @@ def load_images(
             f"got a {type(source).__name__} as images; expected a folder, a parquet file, a "
             "tensor (N, 3, H, W) or an iterable of pictures"
         )
-    return _decode(found, preprocessing, classes, progress)
+    return decode(found, preprocessing, classes, progress)
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """Pictures that are known but not decoded; `labels` has one entry a picture."""
 
     origin: str
@@ -159,22 +162,32 @@ class _Found:
     classes: tuple[str, ...] | None = None
 
 
-def _decode(
-    found: _Found,
+def decode(
+    found: Found,
     preprocessing: Preprocessing,
     classes: int | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
+    """Read what was found; pictures that cannot be read are named and left out.
+
+    Args:
+        found: The pictures.
+        preprocessing: What the model wants to see.
+        classes: How many classes the head has; labels are checked against it.
+        progress: Called with (images read, images in all) now and then.
+
+    Raises:
+        DataError: If no picture can be read, or the labels do not fit the head.
+    """
     prepare = preprocessing.pixels()
     images: list[Tensor] = []
     kept: list[int] = []
     skipped: list[tuple[str, str]] = []
     for i, (name, picture) in enumerate(zip(found.names, found.pictures, strict=True)):
         try:
-            images.append(prepare(_open(picture)))
+            images.append(prepare(open_picture(picture)))
             kept.append(i)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # PIL reports broken files with all of these; one of them must not end a long run
+        except UNREADABLE as error:
             reason = str(error) or type(error).__name__
             if isinstance(picture, Path):
                 reason = reason.replace(str(picture), picture.name)
@@ -204,7 +217,15 @@ def _decode(
     )
 
 
-def _open(picture: Any) -> Image.Image:
+def open_picture(picture: Any) -> Image.Image:
+    """One picture, decoded, in RGB.
+
+    Args:
+        picture: PIL image, uint8 array (H, W, 3) or (H, W), encoded bytes, or a path.
+
+    Raises:
+        OSError: It cannot be read; Pillow also raises the others of `UNREADABLE`.
+    """
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if isinstance(picture, np.ndarray):
@@ -225,7 +246,17 @@ def _open(picture: Any) -> Image.Image:
         return opened.convert("RGB")
 
 
-def _from_path(path: Path, classes: int | None, limit: int | None) -> _Found:
+def find(path: Path, classes: int | None, limit: int | None) -> Found:
+    """The pictures in a folder or file, not decoded.
+
+    Args:
+        path: As `source` of `load_images`.
+        classes: How many class folders are expected; None for any number.
+        limit: At most so many, at even distances.
+
+    Raises:
+        DataError: If there is nothing to read.
+    """
     if path.is_dir():
         return _from_folder(path, classes, limit)
     if not path.exists():
@@ -233,14 +264,14 @@ def _from_path(path: Path, classes: int | None, limit: int | None) -> _Found:
     if path.suffix.lower() in (".parquet", ".pq"):
         return _from_parquet(path, limit)
     if path.suffix.lower() in Image.registered_extensions():
-        return _Found(path.name, [path.name], [path])
+        return Found(path.name, [path.name], [path])
     raise DataError(
         f"{path.name} is neither a folder, a parquet file nor an image; "
         "give an image folder or a .parquet file"
     )
 
 
-def _from_folder(path: Path, classes: int | None, limit: int | None) -> _Found:
+def _from_folder(path: Path, classes: int | None, limit: int | None) -> Found:
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = [p for p in sorted(path.iterdir()) if _is_image(p)]
     inside = [[p for p in sorted(f.rglob("*")) if _is_image(p)] for f in folders]
@@ -255,7 +286,7 @@ def _from_folder(path: Path, classes: int | None, limit: int | None) -> _Found:
         raise DataError(f"{path.name} holds no image ({known}), neither itself nor in sub-folders")
     if loose:
         chosen = _spread(loose, limit)
-        return _Found(path.name, [p.name for p in chosen], list(chosen))
+        return Found(path.name, [p.name for p in chosen], list(chosen))
     # A folder without images keeps its number: numbers follow the folder names, not the files.
     if classes is not None and len(folders) != classes:
         raise DataError(
@@ -264,7 +295,7 @@ def _from_folder(path: Path, classes: int | None, limit: int | None) -> _Found:
         )
     pairs = [(p, label) for label, files in enumerate(inside) for p in files]
     pairs = _spread(pairs, limit)
-    return _Found(
+    return Found(
         path.name,
         [p.relative_to(path).as_posix() for p, _ in pairs],
         [p for p, _ in pairs],
@@ -281,7 +312,7 @@ def _is_image(path: Path) -> bool:
     )
 
 
-def _from_parquet(path: Path, limit: int | None) -> _Found:
+def _from_parquet(path: Path, limit: int | None) -> Found:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -317,7 +348,7 @@ def _from_parquet(path: Path, limit: int | None) -> _Found:
                 label = batch.column("label")[i].as_py()
                 labels.append(-1 if label is None else int(label))
         row += batch.num_rows
-    return _Found(
+    return Found(
         path.name,
         [f"{path.name} row {i}" for i in kept],
         pictures,
@@ -352,7 +383,7 @@ def _from_tensor(
     return ImageSet(images, preprocessing, kept, names)
 
 
-def _from_iterable(source: Iterable[Any], labels: list[int] | None, limit: int | None) -> _Found:
+def _from_iterable(source: Iterable[Any], labels: list[int] | None, limit: int | None) -> Found:
     pictures = list(source if limit is None else islice(source, limit))
     if not pictures:
         raise DataError("the given images are empty; expected at least one picture")
@@ -364,7 +395,7 @@ def _from_iterable(source: Iterable[Any], labels: list[int] | None, limit: int |
         Path(p).name if isinstance(p, (str, PathLike)) else f"image {i}"
         for i, p in enumerate(pictures)
     ]
-    return _Found("the given images", names, pictures, labels)
+    return Found("the given images", names, pictures, labels)
 
 
 def _labels(labels: Tensor | Sequence[int] | bool | None) -> list[int] | None:

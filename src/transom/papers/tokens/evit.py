@@ -21,17 +21,17 @@ protected; in the official code the path with a distillation token does not run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.ops import matching, padded, rows
-from transom.registry import Method
+from transom.registry import Method, Training
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -69,7 +69,7 @@ class KeepAttended:
         """Positions that stay, positions of the others, and the best of the others."""
         if valid is not None:
             amount = valid[:, prefix:].sum(-1)
-            some = (amount.double() * self.keep_rate).ceil().long()
+            some = padded.quota(amount, self.keep_rate)
             some = some if self.tokens is None else amount.clamp(max=k)
             return padded.highest(attention, valid, some, k, prefix)
         order = matching.descending(attention)
@@ -182,6 +182,26 @@ class EViT(Method):
             )
         return list(given) if isinstance(self.override, tuple) else [given[0]] * len(rates)
 
+    def training(self, start: float = 0.0, end: float = 1 / 3, **options: Any) -> Training:
+        """The keep-rate schedule of the paper.
+
+        Args:
+            start: part of the training before the rate begins to fall.
+            end: part of the training at which it has reached keep_rate (the paper: 1/3).
+            **options: none.
+
+        Raises:
+            SettingsError: an option is unknown, or the parts are out of order.
+        """
+        if options:
+            raise SettingsError(f"evit's training has no {list(options)}; it has start and end")
+        if not 0 <= start <= end <= 1:
+            raise SettingsError(
+                f"evit's training has start {start!r} and end {end!r}; expected 0 <= start <= end "
+                "<= 1"
+            )
+        return Shrink(self, start, end)
+
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]
@@ -198,6 +218,29 @@ class EViT(Method):
     @classmethod
     def neutral(cls) -> dict[str, Any]:
         return {"keep_rate": 1.0}
+
+
+@dataclass(frozen=True)
+class Shrink(Training):
+    """Keep rate from 1 down to that of the method, step by step.
+
+    Attributes:
+        method: with the final rates.
+        start: part of the training before the rate begins to fall.
+        end: part of the training at which it has arrived.
+    """
+
+    method: EViT
+    start: float
+    end: float
+
+    def at_step(self, model: nn.Module, step: int, total: int) -> Mapping[str, Any]:
+        if self.method.tokens is not None:  # a number of tokens has no rate to shrink
+            return {}
+        final = self.method.keep_rate if self.method.override is None else self.method.override
+        first, last = round(self.start * total), round(self.end * total)
+        rates = [keep_rate_schedule(step, rate, first, last, 1) for rate in _many(final)]
+        return {"override": tuple(rates) if isinstance(final, tuple) else rates[0]}
 
 
 def _many(value: float | tuple[float, ...]) -> tuple[float, ...]:
