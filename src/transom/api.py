@@ -86,7 +86,7 @@ class _Installation:
             flow.fill = fill
         # a text may be too short to lose a token, an image may not
         self.state.reduces = self.host.modality != "text" and any(
-            fill.tokens is not None for fill in fills
+            "tokens" in fill.slots() for fill in fills
         )
         self.state.restore = self._restore(fills)
 
@@ -148,8 +148,9 @@ def apply(
     built = registry.build(method, settings)
     if restore not in (None, "never", "end", "every"):
         raise SettingsError(f"restore is {restore!r}; expected 'never', 'end', 'every' or None")
-    installation = _installed(model)
-    host = hosts.find(model) if installation is None else installation.host
+    decodes = built.takes == "decoder"
+    installation = next((i for i in _installations(model) if i.host.decodes == decodes), None)
+    host = hosts.find(model, decodes) if installation is None else installation.host
     fitting = _fitting(host, built, where, restore)
     if installation is not None:
         _refuse_taken(installation, fitting)
@@ -220,11 +221,18 @@ def remove(model: nn.Module, slug: str | None = None) -> nn.Module:
     Raises:
         FitError: nothing is fitted, or not this method.
     """
-    installation = _expect(model)
-    if slug is not None and slug not in [f.slug for f in installation.fittings]:
-        raise FitError(
-            f"{slug!r} is not fitted; fitted are {[f.slug for f in installation.fittings]}"
-        )
+    installations = _expect_all(model)
+    if slug is not None:
+        fitted = [f.slug for f in fittings(model)]
+        installations = [i for i in installations if slug in [f.slug for f in i.fittings]]
+        if not installations:
+            raise FitError(f"{slug!r} is not fitted; fitted are {fitted}")
+    for installation in installations:
+        _take_out(installation, slug)
+    return model
+
+
+def _take_out(installation: _Installation, slug: str | None) -> None:
     if installation.sealed:
         raise FitError(
             "this is a folded copy: norms of the host went into parameters of what is fitted, so "
@@ -237,13 +245,11 @@ def remove(model: nn.Module, slug: str | None = None) -> nn.Module:
         installation.refresh()
     else:
         _uninstall(installation)
-    return model
 
 
 def fittings(model: nn.Module) -> tuple[Fitting, ...]:
     """What is fitted to a model, in the order it was applied; empty when nothing is."""
-    installation = _installed(model)
-    return () if installation is None else tuple(installation.fittings)
+    return tuple(fitting for i in _installations(model) for fitting in i.fittings)
 
 
 class Adjustment(contextlib.AbstractContextManager["Adjustment"]):
@@ -278,21 +284,26 @@ def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjust
         FitError: nothing is fitted, or it is not clear what is meant.
         SettingsError: a setting is unknown or out of range.
     """
-    installation = _expect(model)
-    places = [i for i, f in enumerate(installation.fittings) if slug in (None, f.slug)]
-    if len(places) != 1:
+    found = [
+        (installation, i)
+        for installation in _expect_all(model)
+        for i, f in enumerate(installation.fittings)
+        if slug in (None, f.slug)
+    ]
+    if len(found) != 1:
         raise FitError(
-            f"{slug or 'no slug'} names {len(places)} of the fitted methods "
-            f"{[f.slug for f in installation.fittings]}; expected exactly one"
+            f"{slug or 'no slug'} names {len(found)} of the fitted methods "
+            f"{[f.slug for f in fittings(model)]}; expected exactly one"
         )
-    before = installation.fittings[places[0]]
+    installation, place = found[0]
+    before = installation.fittings[place]
     changed = registry.build(before.method, settings)
     if any(isinstance(part, nn.Module) for fill in before.fills for part in fill.parts()):
         raise FitError(
             f"{before.slug} has parameters of its own, which new settings would discard; remove "
             "it and apply it again"
         )
-    installation.fittings[places[0]] = _fitting(before.host, changed, before.where, before.restore)
+    installation.fittings[place] = _fitting(before.host, changed, before.where, before.restore)
     installation.refresh()
     return Adjustment(installation, before)
 
@@ -380,11 +391,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, check: bool = True) 
             f"{os.fspath(path)!r} holds tensors but no transom fitting; expected a file that "
             "transom.save wrote"
         )
-    wanted, have = json.loads(metadata["host"]), _description(hosts.find(model))
+    entries = json.loads(metadata["fittings"])
+    decodes = [registry.methods()[e["slug"]].takes == "decoder" for e in entries]
+    wanted, have = json.loads(metadata["host"]), _description(hosts.find(model, any(decodes)))
     if wanted != have:
         raise CheckpointError(f"the fitting was saved for a host {wanted}, but this one is {have}")
     try:
-        for entry in json.loads(metadata["fittings"]):
+        for entry in entries:
             method = registry.build(entry["slug"], _tuples(entry["settings"]))
             apply(model, method, where=entry["where"], restore=entry["restore"], check=check)
         own = getattr(_expect(model).host.root, _PREFIX, nn.Module())
@@ -404,21 +417,37 @@ def _description(host: Host) -> dict[str, Any]:
     return {"family": host.family, "depth": host.depth, "width": host.width}
 
 
-def _installed(model: nn.Module) -> _Installation | None:
+def _installations(model: nn.Module) -> list[_Installation]:
+    """What is fitted to a model: one installation for its encoder, one for its decoder."""
     if not isinstance(model, nn.Module):
         raise HostError(f"got a {type(model).__name__}; expected a torch.nn.Module")
-    for module in model.modules():
-        if _KEY in module.__dict__:
-            return module.__dict__[_KEY]
-    return None
+    return [m.__dict__[_KEY] for m in model.modules() if _KEY in m.__dict__]
 
 
-def _expect(model: nn.Module) -> _Installation:
-    installation = _installed(model)
-    if installation is None:
+def _installed(model: nn.Module) -> _Installation | None:
+    found = _installations(model)
+    if len(found) > 1:
+        parts = [i.host.name or type(i.host.root).__name__ for i in found]
+        raise FitError(
+            f"methods are fitted to {len(found)} parts of this {type(model).__name__}; pass the "
+            f"one you mean, of {parts}"
+        )
+    return found[0] if found else None
+
+
+def _expect_all(model: nn.Module) -> list[_Installation]:
+    found = _installations(model)
+    if not found:
         raise FitError(
             f"nothing is fitted to this {type(model).__name__}; call transom.apply first"
         )
+    return found
+
+
+def _expect(model: nn.Module) -> _Installation:
+    _expect_all(model)
+    installation = _installed(model)
+    assert installation is not None
     return installation
 
 
@@ -440,6 +469,10 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
             f"{host.closed[slot]}"
         )
     _refuse_parts_missing(host, fills, method.slug)
+    if host.decodes and any(fill.size_bias for fill in fills):
+        raise FitError(
+            f"{method.slug} counts tokens by size, which the cache of a decoder does not keep"
+        )
     if chosen is not None:
         # outside the chosen blocks nothing is filled, but keys still count by their size
         rest = [Fill(size_bias=fill.size_bias) for fill in fills]
@@ -551,6 +584,7 @@ def _add_modules(installation: _Installation, fitting: Fitting) -> None:
     like = next(root.parameters())
     owned: Any = getattr(root, _PREFIX)
     owned[fitting.slug] = nn.ModuleList(new).to(device=like.device, dtype=like.dtype)
+    owned.train(root.training)  # a fresh module would take batch statistics of a served model
 
 
 def _drop_modules(installation: _Installation, gone: Iterable[Fitting]) -> None:

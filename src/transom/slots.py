@@ -46,6 +46,12 @@ class Ask:
         scale: of the logits.
         share: (H,) part of each head in what leaves the attention, for hosts that subtract heads
             from each other; None for the same part.
+        decoding: whether the queries continue a sequence whose keys are in a cache. Token steps
+            do not run then.
+        memory: what the block keeps from the prompt for the rest of a generation; None where
+            nothing goes on after the call.
+        visual: (B, keys) bool, which keys stand for pieces of images; None when unknown.
+        renumbers: whether moved tokens get the positions they now have instead of their old ones.
     """
 
     bias: Tensor | None = None
@@ -59,6 +65,10 @@ class Ask:
     k: Tensor | None = None
     scale: float = 1.0
     share: Tensor | None = None
+    decoding: bool = False
+    memory: dict[str, Any] | None = None
+    visual: Tensor | None = None
+    renumbers: bool = False
 
     def attend(
         self,
@@ -142,18 +152,22 @@ class Fill:
     """What one method puts into one block.
 
     Attributes:
-        tokens: the token step; None leaves the slot empty.
+        tokens: the token step between attention and ffn; None leaves the slot empty.
+        after: a token step behind the ffn; takes the same slot.
         attention: an attention operator (q, k, v, bias, scale, record) -> (B, H, N, d) between
-            the host's own projections; None likewise.
+            the host's own projections; None likewise. In decoders it gets the `ask` as well.
         mixer: replaces the host's attention with its projections; takes the same slot.
         norms: replace the norms before attention and before the ffn; None keeps the host's.
         ffn: replaces the ffn.
         size_bias: whether log(size) is added to the logits of each key once sizes exist.
         asks: whether the token step looks at q and k.
         drops: whether the token step drops tokens instead of merging them.
+        renumbers: whether tokens that are left are counted anew where positions enter the
+            attention (decoders only).
     """
 
     tokens: TokenStep | None = None
+    after: TokenStep | None = None
     attention: Callable[..., Tensor] | None = None
     mixer: Mixer | None = None
     norms: tuple[Norm | None, Norm | None] = (None, None)
@@ -161,11 +175,12 @@ class Fill:
     size_bias: bool = False
     asks: bool = True
     drops: bool = False
+    renumbers: bool = False
 
     def slots(self) -> set[str]:
         """Names of the slots this fill takes."""
         taken = {
-            "tokens": self.tokens is not None,
+            "tokens": self.tokens is not None or self.after is not None,
             "attention": self.attention is not None or self.mixer is not None,
             "norm": self.norms != (None, None),
             "ffn": self.ffn is not None,
@@ -174,13 +189,14 @@ class Fill:
 
     def parts(self) -> tuple[object, ...]:
         """Everything that fills a slot, in a fixed order; None where nothing does."""
-        return (self.tokens, self.attention, self.mixer, *self.norms, self.ffn)
+        return (self.tokens, self.after, self.attention, self.mixer, *self.norms, self.ffn)
 
     def joined(self, other: Fill) -> Fill:
         """Both fills in one block; their slots differ."""
         taken = self.slots()
         return Fill(
             tokens=self.tokens if "tokens" in taken else other.tokens,
+            after=self.after if "tokens" in taken else other.after,
             attention=self.attention if "attention" in taken else other.attention,
             mixer=self.mixer if "attention" in taken else other.mixer,
             norms=self.norms if "norm" in taken else other.norms,
@@ -188,6 +204,7 @@ class Fill:
             size_bias=self.size_bias or other.size_bias,
             asks=self.asks if "tokens" in taken else other.asks,
             drops=self.drops or other.drops,
+            renumbers=self.renumbers or other.renumbers,
         )
 
 
@@ -282,6 +299,10 @@ class BlockView(ABC):
     def refuse(self, *args: Any, **kwargs: Any) -> None:
         """Raise if the arguments hold something for the attention that a mixer would ignore."""
         return
+
+    def prepare(self, ask: Ask, record: Record, *args: Any, **kwargs: Any) -> Record:
+        """Tell the ask, and the record of the tokens that enter, what the arguments say."""
+        return record
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """(B, N) bool, False for padding, from the arguments of the block; None without any."""
@@ -534,7 +555,10 @@ class BlockFlow:
             record=record,
             moved=count is not None,
             home=record.home if count is not None else None,
+            renumbers=fill.renumbers,
         )
+        record = ask.record = view.prepare(ask, record, *args, **kwargs)
+        step, after = (None, None) if ask.decoding else (fill.tokens, fill.after)
         size = record.size if fill.size_bias else None
         mixes = fill.mixer is not None
         if size is not None or mixes or not ask.plain:
@@ -552,20 +576,32 @@ class BlockFlow:
                 "does not reach the attention function transom registered"
             )
         tokens = Tokens(x, record)
-        if fill.tokens is not None:
-            if self.state.checked:
-                self._check(x)
-            tokens = fill.tokens(tokens, ask)
-            if call.restore == "every" and tokens.record is not record:
-                full = restore(x, record, full)  # a token dropped here keeps these features
+        if step is not None:
+            tokens, full = self._step(step, tokens, ask, full, call)
         x, left = tokens.x, tokens.record
-        del ask, tokens, y  # q, k and the longer sequence need not live through the ffn
+        if after is None:
+            del ask  # q, k and the longer sequence need not live through the ffn
+        del tokens, y
         if not self.state.parallel:
             h = norm2(x)
             y = view.ffn(h) if fill.ffn is None else fill.ffn(h, left)
             x = view.join2(x, view.residual2(y))
+        if after is not None:
+            tokens, full = self._step(after, Tokens(x, left), ask, full, call)
+            x, left = tokens.x, tokens.record
         call.leave(i, record, Tokens(x, left))
         return view.depart(self._shown(call, x, left, full), *args, **kwargs)
+
+    def _step(
+        self, step: TokenStep, tokens: Tokens, ask: Ask, full: Tensor, call: Call
+    ) -> tuple[Tokens, Tensor]:
+        """Run a token step; the second value is the full sequence where it is kept up."""
+        if self.state.checked:
+            self._check(tokens.x)
+        done = step(tokens, ask)
+        if call.restore == "every" and done.record is not tokens.record:
+            full = restore(tokens.x, tokens.record, full)  # what is dropped keeps these features
+        return done, full
 
     def _shown(self, call: Call, x: Tensor, record: Record, full: Tensor) -> Tensor:
         """What the host's loop gets to see of x."""

@@ -40,6 +40,8 @@ class Record:
         valid: (B, N) bool, False for padding; None when there is none.
         home: (B, N) int64, original position at which each token stands (a merged token where
             its destination stood); None when the host's positions need not follow.
+        visual: (B, N) bool, which tokens stand for pieces of images in a sequence with text; None
+            when unknown.
     """
 
     layout: Layout
@@ -47,6 +49,7 @@ class Record:
     index: Tensor | None = None
     valid: Tensor | None = None
     home: Tensor | None = None
+    visual: Tensor | None = None
 
     def sources(self, count: int) -> Tensor:
         """0/1 membership (B, count, N0): which original tokens each current one stands for.
@@ -112,9 +115,12 @@ class Tokens:
         A token beyond those kept takes the place of `lead` (B, 1).
         """
         index, valid, home = self.record.index, self.record.valid, self.record.home
+        visual = self.record.visual
+        stays = matching.keep if lead is None else torch.cat([matching.keep, lead], 1)
         if home is not None:
-            stays = matching.keep if lead is None else torch.cat([matching.keep, lead], 1)
             home = home.gather(1, stays)
+        if visual is not None:
+            visual = visual.gather(1, stays)
         if index is not None:
             target = matching.target(self.count)
             index = torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
@@ -125,7 +131,8 @@ class Tokens:
             fresh = stays.new_zeros(stays.shape[0], x.shape[1] - stays.shape[1])
             total = torch.cat([stays, fresh], 1).scatter_add(1, matching.into, joins)
             valid = total > 0
-        return Tokens(x, replace(self.record, size=size, index=index, valid=valid, home=home))
+        record = replace(self.record, size=size, index=index, valid=valid, home=home, visual=visual)
+        return Tokens(x, record)
 
     def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:
         """Sources flow into the tokens that stay.

@@ -128,8 +128,8 @@ def test_positions_that_stay_behind_are_noticed(
     """A host whose positions do not follow is refused by the run with tokens out of order."""
     found = hosts.find
 
-    def forgetful(model: nn.Module) -> Any:
-        host = found(model)
+    def forgetful(model: nn.Module, decodes: bool = False) -> Any:
+        host = found(model, decodes)
         host.follows = False
         return host
 

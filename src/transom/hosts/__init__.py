@@ -5,19 +5,22 @@ from __future__ import annotations
 from torch import nn
 
 from transom.errors import HostError
-from transom.hosts import hf_common, hf_text, hf_vision, multihead, refused, timm_vit
+from transom.hosts import hf_common, hf_decoder, hf_text, hf_vision, multihead, refused, timm_vit
 from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ADAPTERS = (timm_vit, multihead, hf_vision, hf_text)
+ENCODERS = (timm_vit, multihead, hf_vision, hf_text)
+DECODERS = (hf_decoder,)
+ADAPTERS = (*ENCODERS, *DECODERS)
 
 
-def find(model: nn.Module) -> Host:
+def find(model: nn.Module, decodes: bool = False) -> Host:
     """The one host in a model.
 
     Args:
         model: a model of a supported family, or a module that contains exactly one.
+        decodes: whether its decoder is meant, instead of an encoder.
 
     Returns:
         The adapter's view of it.
@@ -36,7 +39,14 @@ def find(model: nn.Module) -> Host:
             "got a compiled model; apply to the model itself and compile afterwards: "
             "torch.compile(transom.apply(model, ...))"
         )
-    hosts = [host for adapter in ADAPTERS for host in adapter.find(model)]
+    adapters = DECODERS if decodes else ENCODERS
+    hosts = [host for adapter in adapters for host in adapter.find(model)]
+    if not hosts and decodes:
+        raise HostError(
+            f"{type(model).__name__} holds no decoder that transom knows; expected one of "
+            f"transformers with layers of the parts {list(hf_decoder.PARTS)}, such as Llama, "
+            "Qwen2, Qwen3, or a vision-language model around one"
+        )
     if not hosts:
         raise HostError(
             refused.reason(model)

@@ -74,6 +74,7 @@ class Host:
             comes behind the sum of both.
         closed: slots that cannot be filled here, each with the reason.
         modality: what the tokens are pieces of.
+        decodes: whether it is a decoder: tokens see only those before them.
     """
 
     family: str
@@ -94,6 +95,7 @@ class Host:
     parallel: bool = False
     closed: Mapping[str, str] = field(default_factory=dict)
     modality: Modality = "image"
+    decodes: bool = False
 
     @property
     def depth(self) -> int:

@@ -4,7 +4,7 @@ Attention is reached through the library's attention interface: each fitted atte
 its own copy of the configuration that names transom's function, so the model's configuration and
 every other layer stay as they are. What is asked of one call travels in the place of the mask.
 Attention modules that do not dispatch, or hand nothing on, get a forward of ours if they hold
-nothing but the three projections. Tested with transformers 5.23.
+nothing but the three projections. Tested with transformers 5.0 and 5.23.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, parts, put
 from transom.ops import rows
-from transom.slots import Ask, BlockView, FittedStack, Projections, affine
+from transom.slots import Affine, Ask, BlockView, FittedStack, Projections, affine
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -40,6 +40,8 @@ OUTPUTS = ("o_proj", "out_proj", "projection_layer", "out_lin", "o")
 ATTENTION = ("attention", "self_attn")
 INNER = ("self", "attention", "attn")
 # Arguments of the attention interface that change its mathematics in ways we do not follow.
+# Arguments of an attention that makes its relative positions itself (BEiT, transformers 5.0).
+RELATIVE = ("relative_position_bias", "interpolate_pos_encoding", "resolution")
 UNKNOWN = ("softcap", "sliding_window", "s_aux", "position_bias")
 
 
@@ -138,16 +140,22 @@ class OwnAttention:
         if carried is None:
             return type(m).forward(m, hidden_states, *args, **kwargs)
         batch, count, _ = hidden_states.shape
+        if kwargs.get("causal_attention_mask") is not None:
+            raise TokensError(
+                f"{type(m).__name__} got a causal mask, which a fitted method does not follow"
+            )
+        heads = m.num_heads if hasattr(m, "num_heads") else m.num_attention_heads
         q, k, v = (
-            getattr(m, name)(hidden_states)
-            .view(batch, count, m.num_attention_heads, -1)
-            .transpose(1, 2)
+            _projected(m, name, hidden_states).view(batch, count, heads, -1).transpose(1, 2)
             for name in projections(m)
         )
-        p = m.dropout.p if hasattr(m, "dropout") else m.dropout_prob
+        p: Any = m.dropout if hasattr(m, "dropout") else m.dropout_prob
+        p = p.p if isinstance(p, nn.Dropout) else p
         out = carried.attend(q, k, v, dropout=p if m.training else 0.0, scale=q.shape[-1] ** -0.5)
         out = out.transpose(1, 2).reshape(batch, count, -1)
-        return (m.o(out) if hasattr(m, "o") else out), None
+        for name in OUTPUTS:
+            out = getattr(m, name)(out) if hasattr(m, name) else out
+        return out, None
 
 
 class OwnWrapper:
@@ -167,6 +175,19 @@ class OwnWrapper:
         return m.output(context, hidden_states)
 
 
+def _projected(attention: Any, name: str, h: Tensor) -> Tensor:
+    """A projection of h, with its bias where that stands beside it (VideoMAE, transformers 5.0)."""
+    out: Tensor = getattr(attention, name)(h)
+    bias = getattr(attention, f"{name[0]}_bias", None)
+    return out if bias is None else out + bias
+
+
+def _affine(attention: nn.Module, name: str) -> Affine:
+    weight, bias = affine(getattr(attention, name))
+    beside = getattr(attention, f"{name[0]}_bias", None)
+    return weight, bias if beside is None else beside.detach()
+
+
 def projections(attention: nn.Module) -> tuple[str, ...]:
     """Names of the projections to q, k and v; empty when there are no such three."""
     children = dict(attention.named_children())
@@ -183,12 +204,14 @@ class Reach:
         carrier: argument of the outer attention that is handed through to the inner one.
         takes: names of the outer attention's arguments.
         masks: whether it takes a mask.
+        causal: whether its tokens see only those before them.
         replaced: whether the inner one gets a forward of ours.
         wrapped: whether the outer one does, because it would hand nothing through.
     """
 
-    def __init__(self, block: nn.Module, name: str) -> None:
+    def __init__(self, block: nn.Module, name: str, causal: bool = False) -> None:
         children = dict(block.named_children())
+        self.causal = causal
         self.outer = role(children, ATTENTION, "attention", name, block)
         outer = children[self.outer]
         name = f"{name}.{self.outer}"
@@ -203,9 +226,9 @@ class Reach:
         self.masks = "attention_mask" in self.takes
         if self.inner and open_:
             self.masks |= "attention_mask" in arguments(inner)[0]
-        _check(inner, name)
+        _check(inner, name, causal)
         carriers = _carriers(outer)
-        closed = set(self.takes) <= {"output_attentions"} and hasattr(outer, "output")
+        closed = set(self.takes) <= {"output_attentions", *RELATIVE} and hasattr(outer, "output")
         self.wrapped = bool(self.inner) and not carriers and closed
         if self.wrapped:
             carriers = ["transom"]
@@ -285,7 +308,7 @@ def _dispatches(attention: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
-def _check(attention: Any, name: str) -> None:
+def _check(attention: Any, name: str, causal: bool) -> None:
     kind = type(attention).__name__
     names = projections(attention)
     if not names:
@@ -293,14 +316,16 @@ def _check(attention: Any, name: str) -> None:
             f"{name} is a {kind} with the parts {sorted(dict(attention.named_children()))}; "
             "expected an attention of transformers 5 with separate projections to q, k and v"
         )
-    parts(attention, (*names, *OUTPUTS, *BESIDE), name)
-    own = [n for n, _ in attention.named_parameters(recurse=False)]
+    relative = RELATIVE[:1] if set(RELATIVE) <= set(arguments(attention)[0]) else ()
+    parts(attention, (*names, *OUTPUTS, *BESIDE, *relative), name)
+    own = [n for n, _ in attention.named_parameters(recurse=False) if not _beside(attention, n)]
     if own:
         raise HostError(f"{name} ({kind}) has a parameter {own[0]!r} that transom does not know")
-    if getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False):
+    decodes = getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False)
+    if decodes and not causal:
         raise HostError(
             f"{name} ({kind}) is causal: a token sees only those before it, and a merged token has "
-            "no one place to stand. Decoders are not supported yet"
+            "no one place to stand. Methods for decoders fit it, others do not"
         )
     if not _dispatches(attention):
         return
@@ -312,12 +337,18 @@ def _check(attention: Any, name: str) -> None:
         )
 
 
+def _beside(attention: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is the bias of a projection that has none of its own."""
+    owner = {f"{name[0]}_bias": name for name in projections(attention)}.get(parameter)
+    return owner is not None and getattr(attention, owner).bias is None
+
+
 def _check_replaceable(attention: Any, name: str) -> None:
-    known = (*projections(attention), "o", "dropout")
+    known = (*projections(attention), *OUTPUTS, "dropout", RELATIVE[0])
     unknown = set(dict(attention.named_children())) - set(known)
-    handed = {"attention_mask", "position_bias", "output_attentions"}
-    unknown |= set(arguments(attention)[0]) - handed
-    if unknown or not hasattr(attention, "num_attention_heads"):
+    handed = {"attention_mask", "causal_attention_mask", "position_bias", "output_attentions"}
+    unknown |= set(arguments(attention)[0]) - {*handed, *RELATIVE}
+    if unknown or not any(hasattr(attention, n) for n in ("num_heads", "num_attention_heads")):
         raise HostError(
             f"{name} ({type(attention).__name__}) does not go through the attention interface of "
             "transformers, or hands nothing on to it"
@@ -353,11 +384,14 @@ class HfBlock(BlockView):
         module: the layer.
         reach: its attention.
         bare: leading tokens that the host's rotary tables leave out.
+        causal: whether a token sees only those before it.
     """
+
+    causal: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
-        self.reach = Reach(module, name)
+        self.reach = Reach(module, name, self.causal)
         self.own, _ = arguments(module)
         self.bare = 0
         self.returns_tuple = returns_tuple(module)
@@ -369,14 +403,15 @@ class HfBlock(BlockView):
     def projections(self) -> Projections | None:
         outer: Any
         outer, inner = self.reach.modules(self.module)
-        q, k, v = (getattr(inner, name) for name in projections(inner))
+        names = projections(inner)
+        q, k, _ = (getattr(inner, name) for name in names)
         outs = [getattr(inner, n) for n in OUTPUTS if hasattr(inner, n)]
         outs += [outer.output.dense] if hasattr(getattr(outer, "output", None), "dense") else []
         width = getattr(inner, "head_dim", None) or getattr(inner, "attention_head_size", None)
         if width is None or len(outs) != 1 or q.weight.shape != k.weight.shape:
             return None
-        heads = q.weight.shape[0] // width
-        return Projections(heads, affine(q), affine(k), affine(v), affine(outs[0]))
+        to_q, to_k, to_v = (_affine(inner, name) for name in names)
+        return Projections(q.weight.shape[0] // width, to_q, to_k, to_v, affine(outs[0]))
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the block by their names in its own signature."""

@@ -18,6 +18,7 @@ from transom.errors import ExportError, HostError, TokensError
 from transom.hosts.base import Change, Host, Modality, Reads, example_pixels, parts, put
 from transom.hosts.hf_common import (
     ATTENTION,
+    RELATIVE,
     HfBlock,
     arguments,
     encoders,
@@ -84,7 +85,10 @@ class PreNormBlock(HfBlock):
         self.norm1_name = role(children, NORM1, "norm1", name, module)
         self.norm2_name = role(children, NORM2, "norm2", name, module)
         self.ffn_names: tuple[str, ...] = SPLIT
-        if not all(part in children for part in SPLIT):
+        self.adds = False  # whether the ffn's second half adds the stream
+        if all(part in children for part in SPLIT):
+            self.adds = bool(arguments(children["output"])[0])
+        else:
             self.ffn_names = (role(children, FFN, "ffn", name, module),)
         own = [n for n, _ in module.named_parameters(recurse=False)]
         unknown = set(own) - {*BRANCH1, *BRANCH2}
@@ -123,15 +127,16 @@ class PreNormBlock(HfBlock):
         return getattr(self.module, self.norm2_name)(x)
 
     def ffn(self, h: Tensor) -> Tensor:
-        return first(getattr(self.module, self.ffn_names[0])(h))
+        for name in self.ffn_names[:1] if self.adds else self.ffn_names:
+            h = first(getattr(self.module, name)(h))
+        return h
 
     def residual2(self, y: Tensor) -> Tensor:
         return self._through(self.after, y)
 
     def join2(self, x: Tensor, y: Tensor) -> Tensor:
-        # a split ffn adds the stream in its second half
         module: Any = self.module
-        return x + y if len(self.ffn_names) == 1 else module.output(y, x)
+        return module.output(y, x) if self.adds else x + y
 
     def _through(self, names: list[str], y: Tensor) -> Tensor:
         for name in names:
@@ -140,15 +145,23 @@ class PreNormBlock(HfBlock):
         return y
 
     def bias(self, given: dict[str, Any], mask: Tensor | None) -> Tensor | None:
-        own = getattr(self.module, "relative_position_bias", None)
-        if own is None:
-            return mask if self.shared_bias else None
-        module: Any = self.module
+        shared = mask if self.shared_bias else given.get(RELATIVE[0])
+        owner = self.relative_owner()
+        if owner is None:
+            return shared
         height, width = given["resolution"]
-        window = (height // module.patch_size, width // module.patch_size)
+        size = owner.patch_size if hasattr(owner, "patch_size") else owner.config.patch_size
+        window = (height // size, width // size)
         stretch = given.get("interpolate_pos_encoding", False)
-        bias = own(window, stretch, dim_size=window[0] * window[1] + 1)
-        return bias + mask if self.shared_bias and mask is not None else bias
+        bias = owner.relative_position_bias(window, stretch, dim_size=window[0] * window[1] + 1)
+        return bias if shared is None else bias + shared
+
+    def relative_owner(self) -> Any:
+        """The layer, or its attention, if it holds a table of relative positions; else None."""
+        for part in (self.module, self.reach.modules(self.module)[1]):
+            if getattr(part, RELATIVE[0], None) is not None:
+                return part
+        return None
 
     def mask(self, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
         if bias is None or self.shared_bias:
@@ -341,7 +354,7 @@ def _host(root: Any, name: str, model: nn.Module) -> Host:
         views.append(view)
     config = root.config
     relative = any(hasattr(root, n) for n in ("rope_embeddings", "vision_rotary_embedding"))
-    bias = any(getattr(v.module, "relative_position_bias", None) is not None for v in views)
+    bias = any(RELATIVE[0] in v.own or v.relative_owner() is not None for v in views)
     modality, grid, example = _input(root)
 
     return Host(
