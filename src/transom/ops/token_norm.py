@@ -11,6 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def recomputing() -> bool:
+    """Whether this forward pass happens inside a backward pass: gradient checkpointing.
+
+    A layer that keeps statistics has to repeat there what it did in the first pass, and must not
+    count the batch again.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
 def batch_norm(
     x: Tensor,
     mean: Tensor,

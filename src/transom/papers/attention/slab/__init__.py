@@ -61,8 +61,10 @@ class SLAB(Method):
         r0: λ at the first of them.
         every: forward passes for one step of the schedule (gradient accumulation; 16 for the
             language model of the paper).
-        alpha: initial share of the input in RepBN (0 for the language model).
-        scale: initial weight of its batch norm (0 for the language model).
+        alpha: initial share of the input in RepBN: 0 as in the language model of the paper, since
+            a host is not built anew and its stream may be large; its vision networks begin with 1.
+        scale: initial weight of its batch norm (0 for the language model); None takes weight and
+            bias of the host's own norm.
         eps: of the batch norm.
         momentum: of its running statistics.
     """
@@ -74,8 +76,8 @@ class SLAB(Method):
     total_step: int = 300_000
     r0: float = 1.0
     every: int = 1
-    alpha: float = 1.0
-    scale: float = 1.0
+    alpha: float = 0.0
+    scale: float | None = None
     eps: float = 1e-5
     momentum: float = 0.1
     needs_training = True
@@ -119,7 +121,12 @@ class SLAB(Method):
                 f"{host.family} ({type(view.module).__name__}) have none there; norm=False fits "
                 "linear attention alone"
             )
-        rep = RepBN(host.width, self.eps, self.momentum, self.alpha, self.scale)
+        first = 1.0 if self.scale is None else self.scale
+        rep = RepBN(host.width, self.eps, self.momentum, self.alpha, first)
+        for name in ("weight", "bias") if self.scale is None else ():
+            given = getattr(own, name, None)
+            if isinstance(given, Tensor) and given.shape == (host.width,):
+                rep.bn.get_parameter(name).data.copy_(given)
         return PRepBN(
             copy.deepcopy(own),
             rep,

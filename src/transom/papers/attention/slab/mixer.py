@@ -15,7 +15,8 @@ class HostLinearAttention(nn.Module):
 
     Attributes:
         qkv, proj: linear maps.
-        dwc: depth-wise convolution of the values of the patches, shared by the heads.
+        dwc: depth-wise convolution of the values of the patches, shared by the heads; it begins at
+            0, so that nothing about a fitted host is random.
         positional_encoding: (1, N, C), added to the keys; prefix tokens have rows as well.
     """
 
@@ -45,6 +46,9 @@ class HostLinearAttention(nn.Module):
         self.qkv = _linear(*_joined(given))
         self.proj = _linear(*given.out)
         self.dwc = depthwise(width // given.heads, kernel_size)
+        nn.init.zeros_(self.dwc.weight)
+        assert self.dwc.bias is not None
+        nn.init.zeros_(self.dwc.bias)
         table = torch.zeros(1, prefix + grid[0] * grid[1], width)
         self.positional_encoding = nn.Parameter(table)
 

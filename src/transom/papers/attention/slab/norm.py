@@ -52,8 +52,12 @@ class RepBN(nn.Module):
         Returns:
             Of the same shape.
         """
+        if not self.training:
+            scale, shift = self.as_affine()
+            return x * scale + shift
         bn: Any = self.bn
-        if self.training:
+        again = token_norm.recomputing()
+        if not again:
             bn.num_batches_tracked.add_(1)
         y = token_norm.batch_norm(
             x,
@@ -61,12 +65,12 @@ class RepBN(nn.Module):
             bn.running_var,
             bn.weight,
             bn.bias,
-            training=self.training,
-            momentum=bn.momentum,
+            training=True,
+            momentum=0.0 if again else bn.momentum,
             eps=bn.eps,
             valid=valid,
         )
-        if valid is not None and self.training:
+        if valid is not None:
             y = torch.where(valid[..., None], y, x)
         return y + self.alpha * x
 
@@ -84,7 +88,8 @@ class PRepBN(nn.Module):
 
     While training, y = λ·norm1(x) + (1-λ)·norm2(x) with λ = r0·iter/total_step, after which `iter`
     goes down by one until it is 0; for the first `warm` steps only norm1 is run. In evaluation
-    y = norm2(x), whatever λ is: an evaluation before λ is 0 says nothing.
+    y = norm2(x), whatever λ is: an evaluation before λ is 0 says nothing. The second forward pass
+    of gradient checkpointing repeats the first and moves nothing, unlike in the official code.
 
     Attributes:
         norm1: the norm to leave behind, usually a LayerNorm.
@@ -127,6 +132,7 @@ class PRepBN(nn.Module):
         self.norm1 = norm1
         self.norm2 = norm2
         self._passes = 0
+        self._share: Tensor | None = None
         self._warms = warm > 0
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -141,18 +147,27 @@ class PRepBN(nn.Module):
         """
         if not self.training:
             return self.norm2(x)
+        share = self._share if token_norm.recomputing() else self._step(x.dtype)
+        self._share = share
+        if share is None:
+            return self.norm1(x)
+        share = share.to(x.dtype)
+        return share * self.norm1(x) + (1 - share) * self.norm2(x, valid)
+
+    @torch.no_grad()
+    def _step(self, dtype: torch.dtype) -> Tensor | None:
+        """λ of this pass, or None while norm1 is alone; moves the counters."""
         counters: Any = self
         moves = self._moves()
         if self._warms and bool(counters.warm > 0):
             if moves:
                 counters.warm.sub_(1)
-            return self.norm1(x)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        share = self.r0 * counters.iter.to(exact) / counters.total_step
+            return None
+        exact = torch.promote_types(dtype, torch.float32)
+        share: Tensor = self.r0 * counters.iter.to(exact) / counters.total_step
         if moves:
             counters.iter.sub_(1).clamp_(min=0)
-        share = share.to(x.dtype)
-        return share * self.norm1(x) + (1 - share) * self.norm2(x, valid)
+        return share
 
     def _moves(self) -> bool:
         """Whether this pass is the last one of a step."""

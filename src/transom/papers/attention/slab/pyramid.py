@@ -166,11 +166,7 @@ class Pyramid(nn.Module):
         return dict(self.matcher)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switch gradient checkpointing.
-
-        It runs a block's forward pass twice and so moves the counters of a PRepBN twice, as in
-        the official code.
-        """
+        """Switch gradient checkpointing."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
