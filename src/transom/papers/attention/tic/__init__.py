@@ -40,19 +40,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
 
 from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.ops import attention
+from transom.papers.attention.tic.network import TiCNet
 from transom.papers.attention.tic.operator import (
+    MSAConv2d,
     checked_window,
     wide,
     window_dots,
     window_sum,
     windows,
 )
-from transom.registry import Method
+from transom.registry import Backbone, Method, Offer
 from transom.slots import Fill
 from transom.tokens import Record
 
@@ -194,3 +198,37 @@ class TiC(Method):
     @classmethod
     def neutral(cls) -> dict[str, Any]:
         return {"kernel": 255, "border": "mask"}
+
+
+BACKBONES = (Backbone("tic_tiny"),)
+OFFERS = (Offer("operator", "msa-conv", MSAConv2d),)
+default_cfgs = generate_default_cfgs(
+    {
+        "tic_tiny": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.0",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def tic_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The reconstruction: 40 to 320 channels, 10 blocks, windows of 3 x 3."""
+    indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        TiCNet,
+        "tic_tiny",
+        pretrained,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **kwargs,
+    )

@@ -35,6 +35,17 @@ def windows(x: Tensor, kernel: Pair, dilation: Pair = 1) -> list[Tensor]:
     ]
 
 
+def unfolded(x: Tensor, kernel: Pair, dilation: Pair = 1) -> Tensor:
+    """:func:`windows` of (B, C, h, w) as one tensor (B, C, J, h, w).
+
+    One operator instead of one a place, which keeps graphs small; a compiler never stores it.
+    """
+    (kh, kw), (dy, dx) = checked_window(kernel), to_2tuple(dilation)
+    padding = (dy * (kh - 1) // 2, dx * (kw - 1) // 2)
+    columns = F.unfold(x, (kh, kw), (dy, dx), padding)
+    return columns.unflatten(1, (x.shape[1], -1)).unflatten(-1, x.shape[-2:])
+
+
 def checked_window(kernel: Pair) -> tuple[int, int]:
     """Height and width of the window.
 
@@ -59,6 +70,8 @@ def window_dots(q: Tensor, k: Tensor, kernel: Pair, dilation: Pair = 1) -> Tenso
     Returns:
         (B, J, h, w), places of the window row by row.
     """
+    if torch.compiler.is_compiling():
+        return (q.unsqueeze(2) * unfolded(k, kernel, dilation)).sum(1)
     return torch.stack([(q * each).sum(1) for each in windows(k, kernel, dilation)], 1)
 
 
@@ -73,6 +86,8 @@ def window_sum(weight: Tensor, v: Tensor, kernel: Pair, dilation: Pair = 1) -> T
     Returns:
         (B, C, h, w).
     """
+    if torch.compiler.is_compiling():
+        return (weight.unsqueeze(1) * unfolded(v, kernel, dilation)).sum(2)
     places = zip(weight.unbind(1), windows(v, kernel, dilation), strict=True)
     first, *rest = (part.unsqueeze(1) * each for part, each in places)
     return sum(rest, first)
@@ -135,8 +150,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rolled(x: Tensor) -> Tensor:
-    """Heads (B, H, d, h, w) rolled by a quarter of the map: none, up, down, left, right in turn."""
-    h, w = x.shape[-2:]
-    by = ((0, 0), (-(h // 4), 0), (h // 4, 0), (0, -(w // 4)), (0, w // 4))
-    heads = (t.roll(by[i % len(by)], (-2, -1)) for i, t in enumerate(x.unbind(1)))
-    return torch.stack(list(heads), 1)
+    """Heads (B, H, d, h, w) in five groups, rolled by a quarter of the map but for the first.
+
+    The directions are up, down, left and right.
+    """
+    h, w = x.shape[-2] // 4, x.shape[-1] // 4
+    by = ((0, 0), (-h, 0), (h, 0), (0, -w), (0, w))
+    groups = zip(x.tensor_split(len(by), 1), by, strict=True)
+    return torch.cat([group.roll(each, (-2, -1)) for group, each in groups], 1)
