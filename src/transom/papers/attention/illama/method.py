@@ -46,8 +46,8 @@ class Decode:
         scale: float,
         record: Record | None,
     ) -> Tensor:
-        # order only matters to what depends on it
-        prefix = record.layout.prefix if record is not None and self.last else 0
+        ordered = self.last and (self.rate < 1 or self.base is not None)
+        prefix = record.layout.prefix if record is not None and ordered else 0
         if prefix:
             q, k, v = (t.roll(-prefix, -2) for t in (q, k, v))
             if bias is not None:
@@ -163,6 +163,7 @@ def _norm(host: Host, view: BlockView, name: Literal["norm1", "norm2"]) -> RmsNo
         )
     norm = RmsNorm(host.width, getattr(own, "eps", 1e-6))
     if isinstance(weight, Tensor):
+        norm.to(weight)
         with torch.no_grad():
             norm.weight.copy_(weight)
     return norm
