@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 WIDTH, DEPTH, HEADS, SIZE, PATCH = 32, 3, 4, 32, 8
@@ -79,8 +80,6 @@ def configured(config: str, **changes: Any) -> Any:
 
     A change to None leaves a setting as transformers has it.
     """
-    import transformers
-
     known = getattr(transformers, config)
     names = {*inspect.signature(known).parameters, "num_labels"}
     chosen = {name: value for name, value in SETTINGS.items() if name in names}
@@ -90,15 +89,11 @@ def configured(config: str, **changes: Any) -> Any:
 
 def one(model: str, config: str, **changes: Any) -> nn.Module:
     """A model by the names of its classes."""
-    import transformers
-
     return randomised(getattr(transformers, model)(configured(config, **changes)))
 
 
 def joint(model: str, config: str, parts: Mapping[str, Any], **changes: Any) -> nn.Module:
     """A model of several towers, each given as the name of its configuration or as (name, {})."""
-    import transformers
-
     towers = {}
     for part, given in parts.items():
         name, settings = (given, {}) if isinstance(given, str) else given
@@ -232,6 +227,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "BEiT with shared bias": Family(
         partial(one, "BeitModel", "BeitConfig", use_shared_relative_position_bias=True), images
+    ),
+    "data2vec vision": Family(
+        partial(
+            one,
+            "Data2VecVisionModel",
+            "Data2VecVisionConfig",
+            use_relative_position_bias=True,
+            use_shared_relative_position_bias=True,
+            layer_scale_init_value=0.5,
+        ),
+        images,
     ),
     "I-JEPA": Family(partial(one, "IJepaForImageClassification", "IJepaConfig"), images),
     "ViT-MAE": Family(partial(one, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.25), masked_images),
@@ -462,11 +468,6 @@ FAMILIES: dict[str, Family] = {
     "BLIP": Family(
         partial(one, "BlipVisionModel", "BlipVisionConfig"), images, "separate projections"
     ),
-    "data2vec vision": Family(
-        partial(one, "Data2VecVisionModel", "Data2VecVisionConfig"),
-        images,
-        "does not go through the attention interface",
-    ),
     "X-CLIP": Family(
         partial(one, "XCLIPVisionModel", "XCLIPVisionConfig", num_frames=4), images, "message_attn"
     ),
@@ -532,6 +533,14 @@ FAMILIES: dict[str, Family] = {
         "word embeddings",
     ),
     "Llama": Family(partial(one, "LlamaModel", "LlamaConfig", **LANGUAGE), text, "word embeddings"),
+}
+
+# What the oldest supported transformers does not have.
+NEWER = {"Sapiens2": "Sapiens2Model"}
+FAMILIES = {
+    name: family
+    for name, family in FAMILIES.items()
+    if name not in NEWER or hasattr(transformers, NEWER[name])
 }
 
 FITS = [name for name, family in FAMILIES.items() if not family.refused]

@@ -141,6 +141,18 @@ def test_positions_that_stay_behind_are_noticed(
     assert anatomy(model) == before
 
 
+def test_positions_made_for_fewer_tokens_are_refused() -> None:
+    """Data2Vec stretches its shared positions to the tokens that are there at the time."""
+    model, inputs = FAMILIES["data2vec vision"].build(), images(2)
+    stretched = {**inputs, "interpolate_pos_encoding": True}
+    plain = run(model, stretched)
+    transom.apply(model, "tome", r=0)
+    close(run(model, stretched), plain, 1e-6)
+    transom.adjust(model, r=2)
+    with pytest.raises(transom.errors.TokensError, match=r"positions for 15 tokens.*all 17"):
+        run(model, stretched)
+
+
 def test_images_of_different_size_in_one_sequence() -> None:
     """Pixtral packs the images of a batch; each is merged by itself."""
     model = FAMILIES["Pixtral"].build()

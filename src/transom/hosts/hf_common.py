@@ -425,6 +425,14 @@ class HfBlock(BlockView):
         passed = {k: v for k, v in given.items() if k in taken or k not in self.own}
         attention = getattr(self.module, reach.outer)
         tables = given.get("position_embeddings")
+        made = given.get(RELATIVE[0])
+        if made is not None and ask.record is not None:
+            total = ask.record.layout.count
+            if made.shape[-1] != total:
+                raise TokensError(
+                    f"the host made positions for {made.shape[-1]} tokens where they are reduced, "
+                    f"but those of all {total} are needed; leave interpolate_pos_encoding out"
+                )
         bias = self.bias(given, mask)
         if ask.plain and (tables is None or tables[0].dim() == 2):
             if reach.masks:
