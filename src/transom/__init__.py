@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 from transom import registry
 from transom.api import Fitting, adjust, apply, fittings, load, remove, save, trace
 from transom.errors import TransomError
+from transom.fold import fold
 from transom.tokens import restore
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "apply",
     "compare",
     "fittings",
+    "fold",
     "load",
     "registry",
     "remove",

@@ -72,8 +72,7 @@ def fold(model: nn.Module, example: Any = None) -> nn.Module:
             f"this {type(model).__name__} has no norm that could be folded; expected batch norms "
             "or modules with as_affine, such as transom.apply(model, 'slab') puts in"
         )
-    given = _example(folded) if example is None else example
-    call = _caller(folded, given)
+    call = _caller(folded, example) if example is not None else _own_call(folded)
     trace = _Trace(folded, norms)
     with torch.no_grad():
         expected = _tensors(trace.run(call))
@@ -351,16 +350,22 @@ def _substitute(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module]) ->
 
 def _own_parameters(model: nn.Module) -> set[int]:
     """Parameters that came with a method."""
-    installation = api._installed(model)
-    own = None if installation is None else getattr(installation.host.root, api._PREFIX, None)
-    return set() if own is None else {id(p) for p in own.parameters()}
+    found: set[int] = set()
+    for installation in api._installations(model):
+        own = getattr(installation.host.root, api._PREFIX, None)
+        found |= set() if own is None else {id(p) for p in own.parameters()}
+    return found
 
 
 def _settle(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module], sealed: bool) -> None:
     """Make what a fitting's norms became a part of the host, and drop empty fittings."""
-    installation = api._installed(model)
-    if installation is None:
-        return
+    for installation in api._installations(model):
+        _settle_one(installation, substitutes, sealed)
+
+
+def _settle_one(
+    installation: Any, substitutes: Mapping[nn.Module, nn.Module], sealed: bool
+) -> None:
     host = installation.host
     for fitting in installation.fittings:
         for i, fill in enumerate(fitting.fills):
@@ -392,28 +397,25 @@ def _caller(model: nn.Module, example: Any) -> Callable[[], Any]:
     return lambda: model(*arguments)
 
 
-def _example(model: Any) -> Any:
-    """An input of a host, or a random image as large as the model's images."""
-    installation = api._installed(model)
-    if installation is not None and installation.host.root is model:
-        return installation.host.example()
+def _own_call(model: Any) -> Callable[[], Any]:
+    """A call of the host in a model, or of the model on a random image as large as its own."""
+    for installation in api._installations(model):
+        return _caller(installation.host.root, installation.host.example())
     try:
         host = hosts.find(model)
-        if host.root is model:
-            return host.example()
+        return _caller(host.root, host.example())
     except HostError:
         pass
     config = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size")
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None and own is not None:
-        size = (size[0], *own)
+    own = getattr(model, "img_size", own)
     if size is None:
         raise HostError(
             f"fold has to run this {type(model).__name__} once and does not know what on; give it "
             "an input: transom.fold(model, example=images)"
         )
-    return hosts.base.example_pixels(model, size[0], (size[1], size[2]))
+    return _caller(model, hosts.base.example_pixels(model, size[0], tuple(own or size[1:])))
 
 
 def _compare(expected: list[Tensor], got: list[Tensor]) -> None:

@@ -43,14 +43,15 @@ from torch import Tensor
 
 from transom.errors import FitError, SettingsError
 from transom.hosts.base import Host
-from transom.papers.compression.unified_norm import t2t
+from transom.papers.compression.unified_norm import t2t  # noqa: F401 - registers the backbone
 from transom.papers.compression.unified_norm.norm import UnifiedNormLayer
 from transom.registry import Backbone, Method
 from transom.slots import BlockView, Fill
 
 __all__ = ["BACKBONES", "UnifiedNorm", "UnifiedNormLayer", "convert"]
 
-BACKBONES = tuple(Backbone(name) for name in t2t.default_cfgs)
+# as published for T2T-ViT-14; the norm has as many parameters as the one it replaces
+BACKBONES = (Backbone("T2t_vit_14_all_un1d", params=21.5, gmacs=4.8),)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,10 @@ class TokensToToken(nn.Module):
         """Pixels of a token's side."""
         return 16 if as_scalar else (16, 16)
 
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the map of an image."""
+        return img_size[0] // 16, img_size[1] // 16
+
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
         if tuple(x.shape[-2:]) != self.img_size:
