@@ -36,7 +36,8 @@ from torch import Tensor
 from transom.errors import SettingsError
 from transom.ops.neighborhood import kernels, reference, tiled
 from transom.ops.neighborhood.reference import dense_mask as dense_mask
-from transom.ops.neighborhood.rule import Axis, Bools, Ints
+from transom.ops.neighborhood.rule import Axis as Axis
+from transom.ops.neighborhood.rule import Bools, Ints
 from transom.ops.neighborhood.rule import axes as axes
 from transom.ops.neighborhood.rule import mask as mask
 
