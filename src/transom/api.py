@@ -533,16 +533,18 @@ def _install(host: Host) -> _Installation:
         follows=host.follows,
         parallel=host.parallel,
     )
+    names = [(i, f"{name}.{i}") for name, stack in host.stacks for i in range(len(stack._modules))]
     flows = [
-        BlockFlow(view, state, i, f"{host.stack_name}.{i}") for i, view in enumerate(host.views)
+        BlockFlow(view, state, i, name) for view, (i, name) in zip(host.views, names, strict=True)
     ]
     installation = _Installation(host, flows, state)
     expected = {nn.Sequential, nn.ModuleList}
-    if type(host.stack) not in expected:
-        raise HostError(
-            f"{host.stack_name} is a {type(host.stack).__name__}; expected a plain nn.Sequential "
-            "or nn.ModuleList"
-        )
+    for name, stack in host.stacks:
+        if type(stack) not in expected:
+            raise HostError(
+                f"{name} is a {type(stack).__name__}; expected a plain nn.Sequential or "
+                "nn.ModuleList"
+            )
     for view in host.views:
         own = view.module.__dict__.get("forward")
         # some libraries leave the class's own forward there, bound
@@ -554,8 +556,9 @@ def _install(host: Host) -> _Installation:
     journal = installation.journal
     try:
         journal.append(hosts.put(host.root, _KEY, installation))
-        journal.append(hosts.put(host.stack, "fitted", state))
-        journal.append(hosts.put(host.stack, "__class__", FittedStack))
+        for _, stack in host.stacks:
+            journal.append(hosts.put(stack, "fitted", state))
+            journal.append(hosts.put(stack, "__class__", FittedStack))
         for flow in flows:
             journal.append(hosts.put(flow.view.module, "forward", flow))
         for change in host.install():

@@ -334,6 +334,9 @@ def papers(
     console.print(f"{len(found)} papers, {sum(c.slug in rooms for c in found)} of them work")
 
 
+NAMES = ("library", "family", "model")  # columns of the table of hosts that are no slots
+
+
 @app.command()
 def hosts(
     words: Annotated[
@@ -350,7 +353,8 @@ def hosts(
     text = resources.files("transom").joinpath("data/hosts.json").read_text(encoding="utf-8")
     content = json.loads(text)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("library", "family", "tokens", "attention"):
+    filled = [name for name in content["families"][0] if name not in NAMES]
+    for name in ("library", "family", *filled):
         table.add_column(name, no_wrap=not why, overflow="ellipsis")
     wanted = [word.lower() for word in words or []]
     rows = []
@@ -360,7 +364,7 @@ def hosts(
             continue
         rows.append(row)
         slots = []
-        for slot in ("tokens", "attention"):
+        for slot in filled:
             reason = f" {escape(row[slot])}" if why else ""
             fits = row[slot] == "fits"
             slots.append("[green]fits[/]" if fits else f"[yellow]refused[/]{reason}")
@@ -368,9 +372,11 @@ def hosts(
     if not rows:
         raise TransomError(f"no family matches {' '.join(wanted)!r}")
     console.print(table)
-    count = sum(row["tokens"] == "fits" for row in rows)
+    count = sum(any(row[slot] == "fits" for slot in filled) for row in rows)
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    console.print(f"{count} of {len(rows)} families fit; tried with {versions}", highlight=False)
+    console.print(
+        f"{count} of {len(rows)} families fit in some slot; tried with {versions}", highlight=False
+    )
 
 
 def _show(card: Any, room: Any) -> None:

@@ -386,6 +386,8 @@ class Call:
         """
         record = self.records[i] if i else None
         if record is None:
+            if x.dim() == 4:  # a map, whose tokens stay where they are
+                return Record(Layout(0, (x.shape[1], x.shape[2]), x.shape[1] * x.shape[2]))
             record = self.records[i] = self._original(x, valid())
         expected = self.counts[i]
         if expected is None or self.restore == "every":
@@ -417,6 +419,8 @@ class Call:
 
     def leave(self, i: int, entered: Record, tokens: Tokens) -> None:
         """Remember what leaves block i."""
+        if tokens.x.dim() == 4:
+            return
         self.records[i + 1] = tokens.record
         moved = tokens.record is not entered or self.counts[i] is not None
         self.counts[i + 1] = tokens.count if moved else None
@@ -584,7 +588,7 @@ class BlockFlow:
         del tokens, y
         if not self.state.parallel:
             h = norm2(x)
-            y = view.ffn(h) if fill.ffn is None else fill.ffn(h, left)
+            y = view.ffn(h) if fill.ffn is None else fill.ffn(h.flatten(1, -2), left).view_as(h)
             x = view.join2(x, view.residual2(y))
         if after is not None:
             tokens, full = self._step(after, Tokens(x, left), ask, full, call)

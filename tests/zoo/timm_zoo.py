@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         of(
             "swin_transformer",
             "SwinTransformer",
-            img_size=32,
+            img_size=SIDE,
             embed_dim=16,
             depths=(1, 1),
             num_heads=(1, 2),
@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         of(
             "swin_transformer_v2",
             "SwinTransformerV2",
-            img_size=32,
+            img_size=SIDE,
             embed_dim=16,
             depths=(1, 1),
             num_heads=(1, 2),
@@ -420,7 +420,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         of(
             "vision_transformer_sam",
             "VisionTransformerSAM",
-            img_size=64,
+            img_size=SIDE,
             embed_dim=WIDTH,
             depth=2,
             num_heads=2,

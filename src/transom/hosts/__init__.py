@@ -5,12 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from transom.errors import HostError
-from transom.hosts import hf_common, hf_decoder, hf_text, hf_vision, multihead, refused, timm_vit
+from transom.hosts import (
+    hf_common,
+    hf_decoder,
+    hf_text,
+    hf_vision,
+    multihead,
+    refused,
+    timm_vit,
+    timm_windows,
+)
 from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ENCODERS = (timm_vit, multihead, hf_vision, hf_text)
+ENCODERS = (timm_vit, timm_windows, multihead, hf_vision, hf_text)
 DECODERS = (hf_decoder,)
 ADAPTERS = (*ENCODERS, *DECODERS)
 

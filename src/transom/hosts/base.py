@@ -58,7 +58,9 @@ class Host:
         name: path of `root` inside the user's model; "" for the model itself.
         stack: the container of blocks.
         stack_name: its path inside `root`.
-        views: one adapter a block.
+        more_stacks: further containers of blocks with their paths, in the order in which they
+            run; tokens do not travel from one to the next.
+        views: one adapter a block, of all stacks.
         width: channels D.
         prefix: leading tokens that are no patches.
         class_token: whether token 0 is a class token that collects the image.
@@ -96,11 +98,17 @@ class Host:
     closed: Mapping[str, str] = field(default_factory=dict)
     modality: Modality = "image"
     decodes: bool = False
+    more_stacks: tuple[tuple[str, nn.Module], ...] = ()
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.views)
+
+    @property
+    def stacks(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Every container of blocks with its path."""
+        return ((self.stack_name, self.stack), *self.more_stacks)
 
 
 def parts(module: nn.Module, known: Iterable[str], name: str, *, parameters: bool = False) -> None:

@@ -26,8 +26,7 @@ CONVIT = (
 
 REASONS: dict[str, str] = {
     # windows
-    "SwinTransformer": WINDOWS,
-    "SwinTransformerV2": WINDOWS,
+    "SwinTransformer": WINDOWS,  # of torchvision; timm's is a host whose tokens stay
     "SwinTransformerV2Cr": WINDOWS,
     "MaxxVit": WINDOWS,
     "MaxVit": WINDOWS,
@@ -35,7 +34,6 @@ REASONS: dict[str, str] = {
     "Nest": WINDOWS,
     "DaVit": WINDOWS,
     "TinyVit": WINDOWS,
-    "VisionTransformerSAM": WINDOWS,
     "HieraDet": WINDOWS,
     "Twins": WINDOWS,
     "EfficientVitMsra": WINDOWS,

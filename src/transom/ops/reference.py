@@ -30,8 +30,13 @@ def merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> Tensor:
     return (weight @ x) / weight.sum(-1, keepdim=True)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Twin of :func:`transom.ops.attention.attend`: softmax(q kᵀ scale + bias) v."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, record: object = None
+) -> Tensor:
+    """Twin of :func:`transom.ops.attention.attend`: softmax(q kᵀ scale + bias) v.
+
+    The record is not looked at; it lets this fill the slot `attention`.
+    """
     logits = (q @ k.mT) * scale
     if bias is not None:
         logits = logits + bias
