@@ -43,7 +43,12 @@ from transom.papers.compression.vit_resnas.definition import (
 from transom.papers.compression.vit_resnas.layers import SpatialReduction, resized
 from transom.papers.compression.vit_resnas.masks import MaskedLayerNorm
 from transom.papers.compression.vit_resnas.model import ViTResNAS
-from transom.papers.compression.vit_resnas.search import Evolution, Found, measured_macs
+from transom.papers.compression.vit_resnas.search import (
+    Evolution,
+    Found,
+    inherited_accuracy,
+    measured_macs,
+)
 from transom.papers.compression.vit_resnas.supernet import Options, Space, SuperNet
 from transom.registry import Backbone, Offer
 
@@ -63,6 +68,7 @@ __all__ = [
     "SuperNet",
     "ViTResNAS",
     "convert",
+    "inherited_accuracy",
     "measured_macs",
 ]
 

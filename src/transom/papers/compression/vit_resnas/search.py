@@ -10,12 +10,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from transom.errors import SettingsError
 from transom.papers.compression.vit_resnas.definition import BlockDef, Definition, ReduceDef
 from transom.papers.compression.vit_resnas.model import ViTResNAS
-from transom.papers.compression.vit_resnas.supernet import Options, Space
+from transom.papers.compression.vit_resnas.supernet import Options, Space, SuperNet
 
 TRIES = 10_000
 """Draws after which a budget is called out of reach."""
@@ -70,6 +71,35 @@ class Found:
     macs: int
 
 
+def inherited_accuracy(
+    supernet: SuperNet, images: Tensor, labels: Tensor, batch: int = 256
+) -> Callable[[Definition], float]:
+    """Scores a definition by the accuracy of the super-network masked down to it.
+
+    Args:
+        supernet: trained.
+        images: (N, C, H, W) that it was not trained on.
+        labels: (N,) int64.
+        batch: images at a time.
+
+    Returns:
+        What :class:`Evolution` evaluates with; it leaves the mode of the super-network alone.
+    """
+
+    @torch.no_grad()
+    def accuracy(definition: Definition) -> float:
+        training = supernet.training
+        supernet.eval()
+        right = 0
+        for some, wanted in zip(images.split(batch), labels.split(batch), strict=True):
+            logits = supernet(some, supernet.kept(definition, len(some)))
+            right += int((logits.argmax(-1) == wanted).sum())
+        supernet.train(training)
+        return right / len(labels)
+
+    return accuracy
+
+
 @dataclass
 class Evolution:
     """Evolutionary search (sec. 4.4).
@@ -79,8 +109,7 @@ class Evolution:
 
     Args:
         space: which networks there are.
-        evaluate: score of a definition, higher is better: the accuracy of the super-network with
-            what it keeps, on images that it was not trained on.
+        evaluate: score of a definition, higher is better; see :func:`inherited_accuracy`.
         budget: most multiply-adds a network may have.
         low: part of the budget that it has to use.
         population: random networks at first.
