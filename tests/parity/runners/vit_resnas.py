@@ -16,6 +16,7 @@ from transom.papers.compression.vit_resnas import (
 )
 from transom.papers.compression.vit_resnas.layers import Kept
 from transom.papers.compression.vit_resnas.masks import sliced_state, sorted_block
+from transom.papers.compression.vit_resnas.supernet import chained
 
 from ..golden import Golden
 
@@ -77,7 +78,7 @@ def _supernet(golden: Golden, size: dict[str, int]) -> dict[str, Tensor]:
     if "equal_to_subnetwork" in c:
         definition = _definition(net.definition, kept)
         expected = Definition.parse(c["equal_to_subnetwork"])
-        assert definition.present() == expected
+        assert definition.present() == expected.present()
         alone = net.subnetwork(definition)
         torch.testing.assert_close(alone(image), logits, rtol=0, atol=1e-10)
     return {"logits": logits}
@@ -94,8 +95,8 @@ def _kept(definition: Definition, points: list[list], batch: int) -> list[Kept]:
         stays = found.get(f"blocks.{i}.layer_drop")
         heads = found.get(f"blocks.{i}.attn.channel_drop_layer")
         hidden = found.get(f"blocks.{i}.mlp.channel_drop_layer")
-        kept.append(Kept(None, heads, hidden, None if stays is None else stays > 0))
-    return kept
+        kept.append(Kept(None, heads, hidden, stays))
+    return chained(kept)
 
 
 def _definition(largest: Definition, kept: list[Kept]) -> Definition:

@@ -200,7 +200,7 @@ class SuperNet(ViTResNAS):
             hand = hand[torch.randperm(len(hand), generator=generator)[:archs]]
             return hand.repeat(each).to(self.tokens.device)
 
-        return _chained(
+        return chained(
             [Kept(deal(o.dim), deal(o.heads), deal(o.hidden), deal(o.layer)) for o in self._options]
         )
 
@@ -284,7 +284,7 @@ class SuperNet(ViTResNAS):
         return wanted
 
 
-def _chained(kept: list[Kept]) -> list[Kept]:
+def chained(kept: list[Kept]) -> list[Kept]:
     """A block that is left out takes the removable blocks right behind it along.
 
     `stays` arrives as widths drawn (0 to leave the block out) and becomes bool.
