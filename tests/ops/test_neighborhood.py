@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ops.strategies import generator
 from transom.errors import SettingsError
 from transom.ops import neighborhood, reference
-from transom.ops.neighborhood import kernels, tiled
+from transom.ops.neighborhood import kernels, tiled, unfused
 from transom.ops.neighborhood.rule import Axis
 
 
@@ -252,11 +253,17 @@ def test_on_a_gpu(path: Any, dtype: torch.dtype) -> None:
     named = {"kernel_size": 7, "dilation": (2, 1)}
     exact = [t.cuda().requires_grad_() for t in noise(2, 24, 28, 4, 32)]
     own = [t.detach().to(dtype).requires_grad_() for t in exact]
-    expected, got = run(exact, named, "reference"), run(own, named, path)
     limit = max(64 * torch.finfo(dtype).eps, 2e-3)  # matrix units round float32 as well
+    with torch.no_grad():
+        sums = run(own, named, path)[1]
+    torch.testing.assert_close(
+        sums, run(exact, named, "reference")[1], atol=limit, rtol=limit, check_dtype=False
+    )
+    expected = neighborhood.attend(*exact, **named, path="reference")
+    got = neighborhood.attend(*own, **named, path=path)
     torch.testing.assert_close(got, expected, atol=limit, rtol=limit, check_dtype=False)
-    slopes = torch.autograd.grad(expected[0].sum(), exact)
-    for a, b in zip(torch.autograd.grad(got[0].sum(), own), slopes, strict=True):
+    slopes = torch.autograd.grad(expected.sum(), exact)
+    for a, b in zip(torch.autograd.grad(got.sum(), own), slopes, strict=True):
         torch.testing.assert_close(a, b, atol=4 * limit, rtol=4 * limit, check_dtype=False)
 
 
@@ -304,3 +311,44 @@ def test_shapes_that_do_not_meet() -> None:
         neighborhood.attend(q, q, q, 3, extra_k=extra, extra_v=extra)
     with pytest.raises(SettingsError, match="4 axes"):
         neighborhood.attend(*[torch.zeros(1, 3, 3, 3, 3, 1, 4)] * 3, 3)
+
+
+def unfolded(x: Tensor, size: int) -> Tensor:
+    """Windows copied out: (B, h, w, H, d) to (B, h, w, H, d, size²)."""
+    flat = x.permute(0, 3, 4, 1, 2).flatten(1, 2)
+    copies = F.unfold(flat, size, padding=size // 2)
+    return (
+        copies.unflatten(1, (*x.shape[3:], -1))
+        .unflatten(-1, x.shape[1:3])
+        .permute(0, 4, 5, 1, 2, 3)
+    )
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3, 5]), st.integers(0, 99))
+@settings(max_examples=40)
+def test_cut_windows_are_copied_out_ones(h: int, w: int, size: int, seed: int) -> None:
+    """Logits and sums of windows that are cut at the borders, and their gradients."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(width: int) -> Tensor:
+        made = torch.randn(2, h, w, 2, width, generator=rng, dtype=torch.float64)
+        return made.requires_grad_()
+
+    q, k, v, weight = draw(3), draw(3), draw(3), draw(size**2)
+    pairs = (
+        (unfused.window_logits(q, k, size), (q[..., None] * unfolded(k, size)).sum(-2), (q, k)),
+        (
+            unfused.window_sum(weight, v, size),
+            (unfolded(v, size) * weight[..., None, :]).sum(-1),
+            (weight, v),
+        ),
+    )
+    for got, expected, inputs in pairs:
+        torch.testing.assert_close(got, expected)
+        slope = torch.randn(got.shape, generator=rng, dtype=torch.float64)
+        torch.testing.assert_close(
+            torch.autograd.grad((got * slope).sum(), inputs),
+            torch.autograd.grad((expected * slope).sum(), inputs),
+        )
+    seen = (unfolded(torch.ones_like(k), size) > 0)[0, :, :, 0, 0]
+    assert torch.equal(unfused.inside((h, w), size), seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,12 +122,15 @@ def natten_refuses(q: Tensor, k: Tensor, v: Tensor, *, lse: bool) -> str | None:
         return "the package natten is not installed"
     if not q.is_cuda:
         return "the kernels of natten need a GPU"
-    if not getattr(importlib.import_module("natten"), "HAS_LIBNATTEN", False):
+    package = importlib.import_module("natten")
+    if "return_lse" not in inspect.signature(getattr(package, "na2d", print)).parameters:
+        return "the installed natten is older than 0.21"
+    if not getattr(package, "HAS_LIBNATTEN", False):
         return "the installed natten came without its CUDA library"
     if q.dtype not in _HALF_OR_SINGLE:
         return f"natten has no {q.dtype}"
-    if q.shape[-2] != k.shape[-2]:
-        return "not every kernel of natten takes fewer heads of k than of q"
+    if lse and _wants_gradient(q, k, v):
+        return "natten gives no gradient of the log-sum-exp"
     return None
 
 
