@@ -22,6 +22,7 @@ from transom.papers.compression.vit_resnas import (
     SpatialReduction,
     SuperNet,
     ViTResNAS,
+    convert,
     inherited_accuracy,
     measured_macs,
 )
@@ -359,6 +360,7 @@ def test_a_checkpoint_with_a_patch_head_fits_a_network_without() -> None:
     net.load_state_dict(trained.state_dict(), strict=True)
     x = torch.randn(1, 3, 56, 56)
     assert torch.equal(net(x), trained(x))
+    assert list(convert({"model": trained.state_dict()})) == list(net.state_dict())  # type: ignore[dict-item]
 
 
 def test_stages_are_the_features() -> None:

@@ -134,7 +134,17 @@ DEFINITIONS: dict[str, tuple[Any, ...]] = {
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict: the names are the same, training keeps it under `model`."""
+    """An official state dict without the head on the patches, which only training uses.
+
+    The other names are the same. `ViTResNAS(..., patch_output=True)` takes the official file as it
+    is.
+    """
+    found = _unwrapped(state)
+    return {name: value for name, value in found.items() if not name.startswith("patch_head.")}
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Training keeps the state dict under `model`."""
     for key in ("model_ema", "model"):
         inner: Any = state.get(key)
         if isinstance(inner, dict):
@@ -144,7 +154,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _adapted(state: dict[str, Tensor], model: ViTResNAS) -> dict[str, Tensor]:
     """A state dict for `model`, position tables interpolated where its size differs."""
-    state, own = convert(state), model.state_dict()
+    state, own = _unwrapped(state), model.state_dict()
     for name in [n for n in state if n.endswith("pos_embed") and n in own]:
         prefix = 0 if name.startswith("blocks.") else model.num_prefix_tokens
         old = round((state[name].shape[1] - prefix) ** 0.5)
