@@ -37,10 +37,12 @@ and without the classifier of single positions (outputs and gradients). Not chec
 weights are on a drive only), training with token labelling beyond shapes and its own inverse.
 """
 
+from transom.papers.attention.rmt.attention import MaSA
 from transom.papers.attention.rmt.backbone import VisRetNet
-from transom.registry import Backbone
+from transom.papers.attention.rmt.method import ManhattanDecay
+from transom.registry import Backbone, Offer
 
-__all__ = ["BACKBONES", "VisRetNet"]
+__all__ = ["BACKBONES", "OFFERS", "MaSA", "ManhattanDecay", "VisRetNet"]
 
 BACKBONES = (
     Backbone("rmt_tiny", params=14, gmacs=2.5),
@@ -48,3 +50,5 @@ BACKBONES = (
     Backbone("rmt_base", params=54),
     Backbone("rmt_large", params=95),
 )
+
+OFFERS = (Offer("operator", "manhattan-self-attention", MaSA),)

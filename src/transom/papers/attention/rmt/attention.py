@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +14,22 @@ from transom.ops.attention import attend
 Form = Literal["full", "decomposed"]
 
 
-def decays(heads: int, initial_value: float, heads_range: float) -> list[float]:
-    """Logarithm of each head's decay per unit of distance, ln(1 - 2^-(a + r k / n)), below 0.
+def decays(
+    heads: int, initial_value: float, heads_range: float, device: torch.device | None = None
+) -> Tensor:
+    """Logarithm of each head's decay per unit of distance: (n,) float32, none above 0.
+
+    ln(1 - 2^-(a + r k / n)) for the heads k.
 
     Args:
         heads: n.
         initial_value: a, of head 0, which decays fastest.
         heads_range: r, how far the exponent runs over the heads.
+        device: of the result.
     """
-    exponents = [initial_value + heads_range * k / heads for k in range(heads)]
-    return [math.log1p(-(2.0**-e)) for e in exponents]
+    places = torch.arange(heads, device=device, dtype=torch.float32)
+    exponents = initial_value + heads_range / heads * places
+    return torch.log1p(-torch.exp2(-exponents))
 
 
 def axis_mask(decay: Tensor, length: int) -> Tensor:
@@ -89,7 +94,7 @@ class RelPos(nn.Module):
             )
         steps = torch.linspace(0, 1, dim // heads // 2)
         self.register_buffer("angle", (10000.0**-steps).repeat_interleave(2))
-        self.register_buffer("decay", torch.tensor(decays(heads, initial_value, heads_range)))
+        self.register_buffer("decay", decays(heads, initial_value, heads_range))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RelPos:
         exact = dict(self._buffers)

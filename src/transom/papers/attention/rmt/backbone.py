@@ -220,7 +220,7 @@ class VisRetNet(nn.Module):
         fine = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
             (r"^layers\.(\d+)\.downsample", (99,)),
-            (r"^(proj|norm)\.", (99999,)),
+            (r"^proj|^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
