@@ -8,6 +8,7 @@ from transom import registry
 from transom.api import Fitting, adjust, apply, fittings, load, remove, save, trace
 from transom.errors import TransomError
 from transom.fold import fold
+from transom.lens.capture import capture, intervene
 from transom.tokens import restore
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "TransomError",
     "adjust",
     "apply",
+    "capture",
     "compare",
     "fittings",
     "fold",
+    "intervene",
     "load",
     "registry",
     "remove",

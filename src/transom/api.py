@@ -25,9 +25,8 @@ from transom.slots import (
     Part,
     Restore,
     StackState,
-    Trace,
-    tracing,
 )
+from transom.watching import Trace, tracing
 
 Where = int | slice | Sequence[int] | None
 
@@ -316,7 +315,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         model: with a fitted method.
 
     Yields:
-        A :class:`~transom.slots.Trace` that holds the latest call's records. Compiled calls are
+        A :class:`~transom.watching.Trace` that holds the latest call's records. Compiled calls are
         not traced.
 
     Raises:
@@ -535,7 +534,8 @@ def _install(host: Host) -> _Installation:
     )
     names = [(i, f"{name}.{i}") for name, stack in host.stacks for i in range(len(stack._modules))]
     flows = [
-        BlockFlow(view, state, i, name) for view, (i, name) in zip(host.views, names, strict=True)
+        BlockFlow(view, state, i, name, number)
+        for number, (view, (i, name)) in enumerate(zip(host.views, names, strict=True))
     ]
     installation = _Installation(host, flows, state)
     expected = {nn.Sequential, nn.ModuleList}

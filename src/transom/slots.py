@@ -10,8 +10,6 @@ function arguments and no shared state.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.ops import attention, rows
 from transom.tokens import Layout, Record, Tokens, representatives, restore
+from transom.watching import BlockWatch, trace_of, watches_of
 
 Restore = Literal["never", "end", "every"]
 
@@ -52,6 +51,7 @@ class Ask:
             nothing goes on after the call.
         visual: (B, keys) bool, which keys stand for pieces of images; None when unknown.
         renumbers: whether moved tokens get the positions they now have instead of their old ones.
+        watch: who wants to see, or to change, what is inside this attention.
     """
 
     bias: Tensor | None = None
@@ -69,6 +69,7 @@ class Ask:
     memory: dict[str, Any] | None = None
     visual: Tensor | None = None
     renumbers: bool = False
+    watch: BlockWatch | None = None
 
     def attend(
         self,
@@ -95,16 +96,47 @@ class Ask:
         self.answered = True
         if bias is not None:
             self.bias = bias if self.bias is None else bias + self.bias
+        if self.watch is not None:
+            return self._watched(self.watch, q, k, v, dropout, scale)
         if self.keep:
             self.q, self.k, self.scale = q, k, scale
+        return self._attended(q, k, v, dropout, scale)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
         if self.operator is not None:
             return self.operator(q, k, v, bias=self.bias, scale=scale, record=self.record)
         return attention.attend(q, k, v, self.bias, dropout=dropout, scale=scale)
 
+    def _watched(
+        self, watch: BlockWatch, q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float
+    ) -> Tensor:
+        """The same in front of a watch; only an edit of the probabilities leaves the fused path."""
+        q = watch.at("attention.query", q)
+        k = watch.at("attention.key", k)
+        v = watch.at("attention.value", v)
+        if self.keep:
+            self.q, self.k, self.scale = q, k, scale
+        out = None
+        if watch.names("attention.probabilities"):
+            if self.operator is not None:
+                raise TokensError(
+                    "a fitted method replaces the attention, so its probabilities cannot be "
+                    "watched; remove the method, or watch another name"
+                )
+            probabilities = attention.probabilities(q, k, self.bias, scale)
+            edits = watch.edits("attention.probabilities")
+            probabilities = watch.at("attention.probabilities", probabilities)
+            if edits:
+                out = torch.dropout(probabilities, dropout, dropout > 0) @ v
+        if out is None:
+            out = self._attended(q, k, v, dropout, scale)
+        return watch.at("attention.head_output", out)
+
     @property
     def plain(self) -> bool:
         """Whether the host's own attention does all that is asked."""
-        return not self.moved and self.bias is None and not self.keep and self.operator is None
+        untouched = not self.moved and self.bias is None and self.watch is None
+        return untouched and not self.keep and self.operator is None
 
     @property
     def key(self) -> Tensor:
@@ -313,45 +345,6 @@ class BlockView(ABC):
         return None
 
 
-class Trace:
-    """What the latest call inside :func:`transom.trace` did.
-
-    Attributes:
-        tokens: the record after each block, provenance included.
-        lengths: number of tokens after each block, prefix included.
-    """
-
-    def __init__(self, stack: FittedStack) -> None:
-        self.stack = stack
-        self._seen: dict[int, tuple[Record, int]] = {}
-
-    def note(self, i: int, tokens: Tokens) -> None:
-        """Called by block i when it is done."""
-        self._seen[i] = (tokens.record, tokens.count)
-
-    @property
-    def tokens(self) -> list[Record]:
-        return [self._seen[i][0] for i in sorted(self._seen)]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self._seen[i][1] for i in sorted(self._seen)]
-
-
-_trace: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace", default=None)
-
-
-@contextlib.contextmanager
-def tracing(stack: FittedStack) -> Iterator[Trace]:
-    """Record where the tokens of calls in this context go."""
-    trace = Trace(stack)
-    token = _trace.set(trace)
-    try:
-        yield trace
-    finally:
-        _trace.reset(token)
-
-
 class Call:
     """One pass over the stack.
 
@@ -365,12 +358,8 @@ class Call:
         self.restore = restore
         self.records: list[Record | None] = [None] * (len(stack) + 1)
         self.counts: list[int | None] = [None] * (len(stack) + 1)
-        self.trace: Trace | None = None
-        # dynamo cannot read a context variable; a compiled call is never traced
-        if not torch.compiler.is_compiling():
-            trace = _trace.get()
-            if trace is not None and trace.stack is stack:
-                self.trace = trace
+        self.trace = trace_of(stack)
+        self.watches = watches_of(stack.fitted)
         self.tracks = self.restore != "never" or self.trace is not None
 
     def enter(self, i: int, x: Tensor, valid: Callable[[], Tensor | None]) -> Record:
@@ -524,10 +513,13 @@ class RestoringStack:
 class BlockFlow:
     """Forward of a fitted block: the host's parts in the order below, with the slots filled."""
 
-    def __init__(self, view: BlockView, state: StackState, place: int, name: str) -> None:
+    def __init__(
+        self, view: BlockView, state: StackState, place: int, name: str, number: int | None = None
+    ) -> None:
         self.view = view
         self.state = state
         self.place = place
+        self.number = place if number is None else number  # counted over all stacks of the host
         self.name = name
         self.fill = Fill()
 
@@ -553,6 +545,9 @@ class BlockFlow:
             assert record.index is not None
             x = rows.take(full, representatives(record.index, count))
 
+        watch = BlockWatch(call.watches, self.number) if call.watches else None
+        if watch is not None:
+            x = watch.at("residual.pre", x)
         ask = Ask(
             keep=fill.tokens is not None and fill.asks,
             operator=fill.attention,
@@ -560,6 +555,7 @@ class BlockFlow:
             moved=count is not None,
             home=record.home if count is not None else None,
             renumbers=fill.renumbers,
+            watch=watch if watch is not None and watch.inside else None,
         )
         record = ask.record = view.prepare(ask, record, *args, **kwargs)
         step, after = (None, None) if ask.decoding else (fill.tokens, fill.after)
@@ -573,7 +569,12 @@ class BlockFlow:
             y = fill.mixer(norm1(x), ask)
         else:
             y = view.attend(norm1(x), ask, *args, **kwargs)
-        x = view.join1(x, view.residual1(y))
+        y = view.residual1(y)
+        if watch is not None:
+            y = watch.at("attention.output", y)
+        x = view.join1(x, y)
+        if watch is not None:
+            x = watch.at("residual.mid", x)
         if not (mixes or ask.plain or ask.answered):
             raise HostError(
                 f"the attention of {self.name} did not take notice of what is fitted; its class "
@@ -588,11 +589,18 @@ class BlockFlow:
         del tokens, y
         if not self.state.parallel:
             h = norm2(x)
+            if watch is not None:
+                h = watch.at("ffn.input", h)
             y = view.ffn(h) if fill.ffn is None else fill.ffn(h.flatten(1, -2), left).view_as(h)
-            x = view.join2(x, view.residual2(y))
+            y = view.residual2(y)
+            if watch is not None:
+                y = watch.at("ffn.output", y)
+            x = view.join2(x, y)
         if after is not None:
             tokens, full = self._step(after, Tokens(x, left), ask, full, call)
             x, left = tokens.x, tokens.record
+        if watch is not None:
+            x = watch.at("residual.post", x)
         call.leave(i, record, Tokens(x, left))
         return view.depart(self._shown(call, x, left, full), *args, **kwargs)
 

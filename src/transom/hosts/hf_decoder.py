@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, Host, parts, put
 from transom.hosts.hf_common import Carried, HfBlock, encoders, first, register, stack
-from transom.ops import rows
 from transom.slots import Ask, FittedStack, Part
 from transom.tokens import Record
 
@@ -166,7 +165,8 @@ class DecoderBlock(HfBlock):
         taken = set(self.reach.takes)
         passed = {k: v for k, v in given.items() if k in taken or k not in self.own}
         attention = getattr(self.module, self.reach.outer)
-        if ask.operator is None and not ask.keep and ask.bias is None and hidden is None:
+        watched = ask.watch is not None
+        if not (watched or ask.operator or ask.keep) and ask.bias is None and hidden is None:
             ask.answered = True
             return first(attention(h, attention_mask=mask, **passed))
         past = 0 if cache is None else cache.get_seq_length(self.place)
@@ -184,16 +184,24 @@ class DecoderBlock(HfBlock):
         """Positions of the tokens as they are now, in the place of those the host handed in."""
         if ask.renumbers:
             places = torch.arange(start, start + h.shape[1], device=h.device).expand(len(h), -1)
-            given["position_embeddings"] = self.rotary(h, position_ids=places)
+            axes = given["position_embeddings"][0].shape[:-3]
+            given["position_embeddings"] = self.rotary(h, position_ids=places.expand(*axes, -1, -1))
             given["position_ids"] = places
         elif home is not None:
-            tables = (x.expand(len(h), -1, -1) for x in given["position_embeddings"])
-            given["position_embeddings"] = tuple(rows.take(x, home) for x in tables)
+            tables = given["position_embeddings"]
+            given["position_embeddings"] = tuple(_standing(x, home) for x in tables)
             ids = given.get("position_ids")
             if ids is not None:
                 given["position_ids"] = ids.expand(*ids.shape[:-2], len(h), -1).gather(
                     -1, home.expand(*ids.shape[:-2], -1, -1)
                 )
+
+
+def _standing(table: Tensor, home: Tensor) -> Tensor:
+    """Rows home (B, N) of a table (B or 1, N0, d), or of one table an axis in front of that."""
+    lead, width = table.shape[:-3], table.shape[-1]
+    index = home[..., None].expand(*lead, -1, -1, width)
+    return table.expand(*lead, len(home), -1, -1).gather(-2, index)
 
 
 def _columns(mask: Tensor, home: Tensor) -> Tensor:

@@ -58,6 +58,22 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The attention matrix softmax(q kᵀ scale + bias), for those who want to see it.
+
+    Args:
+        q: (B, H, N, d).
+        k: (B, H, M, d).
+        bias: broadcastable to (B, H, N, M), or None.
+        scale: of the logits.
+
+    Returns:
+        (B, H, N, M).
+    """
+    logits = (q @ k.mT) * scale
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
 def attend_folded(
     q: Tensor,
     k: Tensor,

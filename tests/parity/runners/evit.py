@@ -13,8 +13,9 @@ import transom
 from transom.hosts.timm_attention import answer_for
 from transom.ops.matching import descending
 from transom.papers.tokens.evit import EViT, keep_rate_schedule, kept
-from transom.slots import Ask, Trace
+from transom.slots import Ask
 from transom.tokens import representatives
+from transom.watching import Trace
 
 from ..golden import Golden
 from . import vit

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from transom.slots import Trace
+from transom.watching import Trace
 
 
 def build(config: dict[str, Any], **changes: Any) -> VisionTransformer:
