@@ -49,8 +49,8 @@ def filtered_by_matrices(x: Tensor, weight: Tensor) -> Tensor:
         _along_rows(imag, row_cos) + _along_rows(real, row_sin),
     )
     # each frequency but the first and the Nyquist one stands for its mirror image as well
-    twice = torch.tensor([1 if v in (0, w / 2) else 2 for v in range(w // 2 + 1)]).to(wide)
-    twice = twice[:, None] / (h * w)
+    alone = 2 * torch.arange(w // 2 + 1, device=x.device) % w == 0
+    twice = (2 - alone.to(wide.dtype))[:, None] / (h * w)
     y = _along_columns(real, twice * cos.mT) - _along_columns(imag, twice * sin.mT)
     return y.to(x.dtype)
 

@@ -88,6 +88,8 @@ class WindowAttention:
         assert record is not None
         patches = record.as_map(q.transpose(1, 2))[1]
         prefix, grid = record.layout.prefix, (patches.shape[1], patches.shape[2])
+        if self.masked and self.dilation == 1 and self.kernel >= 2 * max(grid) - 1:
+            return attention.attend(q, k, v, bias, scale=scale)  # every window is the whole grid
         out = self._patches(q, k, v, bias, scale, prefix, grid)
         if not prefix:
             return out
