@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -133,7 +134,11 @@ def seeing(name: str) -> dict[str, Tensor]:
         pixels = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
         kinds = (ids == IMAGE).int()
         grid = torch.tensor([[1, 4, 4]] * 2)
-        return {**given, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        given = {**given, "pixel_values": pixels, "image_grid_thw": grid}
+        # transformers 5.0 sees by the ids which tokens are images
+        forward = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward)
+        asked = "mm_token_type_ids" in forward.parameters
+        return {**given, "mm_token_type_ids": kinds} if asked else given
     pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     if name == "llava-onevision":
         # one patch of the picture as a whole, one of its only tile, rows closed by a new line
