@@ -33,10 +33,12 @@ SHViT-S1: logits with its parameters. Not checked: accuracies, download of weigh
 throughputs.
 """
 
+from transom.papers.attention.shvit.attention import SHSA
 from transom.papers.attention.shvit.backbone import SHViT, convert
-from transom.registry import Backbone
+from transom.papers.attention.shvit.method import SingleHead
+from transom.registry import Backbone, Offer
 
-__all__ = ["BACKBONES", "SHViT", "convert"]
+__all__ = ["BACKBONES", "OFFERS", "SHSA", "SHViT", "SingleHead", "convert"]
 
 BACKBONES = (
     Backbone("shvit_s1_official", params=6.33, gmacs=0.241),
@@ -44,3 +46,5 @@ BACKBONES = (
     Backbone("shvit_s3_official", params=14.25, gmacs=0.601),
     Backbone("shvit_s4_official", params=16.59, gmacs=0.986, size=256),
 )
+
+OFFERS = (Offer("operator", "single-head-self-attention", SHSA),)
