@@ -30,7 +30,6 @@ a small DeiT. The released checkpoints were not available; no accuracy was repro
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +140,6 @@ class SLAB(Method):
         return [{"linear": False}, {"norm": False}, {}]
 
 
-_BARE = re.compile(r"(?<!norm2)\.(?=alpha$|bn\.)")
-
-
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official state dict to ours: the names agree, but some networks were trained with RepBN bare.
 
@@ -153,14 +149,19 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         With the LayerNorm that nothing uses any more and the counters at the end of the schedule.
     """
-    out = {}
-    for name, tensor in state.items():
-        new = _BARE.sub(".norm2.", name)
-        out[new] = tensor
-        if new != name and name.endswith(".bn.weight"):
-            norm = name.removesuffix(".bn.weight")
-            out[f"{norm}.norm1.weight"] = torch.ones_like(tensor)
-            out[f"{norm}.norm1.bias"] = torch.zeros_like(tensor)
-            for counter, value in (("warm", 0), ("iter", 0), ("total_step", 1)):
-                out[f"{norm}.{counter}"] = torch.tensor(value)
+    bare = [
+        name.removesuffix(".alpha")
+        for name in state
+        if name.endswith(".alpha")
+        and f"{name.removesuffix('.norm2.alpha')}.total_step" not in state
+    ]
+    out = dict(state)
+    for norm in bare:
+        parts = [n for n in state if n == f"{norm}.alpha" or n.startswith(f"{norm}.bn.")]
+        for name in parts:
+            out[name.replace(norm, f"{norm}.norm2", 1)] = out.pop(name)
+        out[f"{norm}.norm1.weight"] = torch.ones_like(state[f"{norm}.bn.weight"])
+        out[f"{norm}.norm1.bias"] = torch.zeros_like(state[f"{norm}.bn.weight"])
+        for counter, value in (("warm", 0), ("iter", 0), ("total_step", 1)):
+            out[f"{norm}.{counter}"] = torch.tensor(value)
     return out
