@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ import transom
 from transom import hosts, registry
 from transom.check import example_output, verify
 from transom.errors import CheckpointError, FitError, HostError, SettingsError
+from transom.front import Front, FrontView
 from transom.hosts import Change, Host
+from transom.hosts.front import front_of
 from transom.registry import Method
 from transom.slots import (
     BlockFlow,
@@ -47,6 +50,7 @@ class Fitting:
         where: blocks the method was restricted to; None for all.
         restore: what was asked for; None lets the host decide.
         fills: what fills the slots of each block.
+        front: what fills the slots in front of them.
     """
 
     method: Method
@@ -54,6 +58,7 @@ class Fitting:
     where: list[int] | None
     restore: Restore | None
     fills: list[Fill]
+    front: Front = field(default_factory=Front)
 
     @property
     def slug(self) -> str:
@@ -75,6 +80,8 @@ class _Installation:
     fittings: list[Fitting] = field(default_factory=list)
     sealed: bool = False
     """Whether norms of the host were folded into parameters that came with a method."""
+    front: FrontView | None = None
+    """Of what stands before the blocks, once a method has filled a slot there."""
 
     def refresh(self) -> None:
         """Bring the flows in line with the fittings."""
@@ -83,6 +90,8 @@ class _Installation:
             fills = [a.joined(b) for a, b in zip(fills, fitting.fills, strict=True)]
         for flow, fill in zip(self.flows, fills, strict=True):
             flow.fill = fill
+        if self.front is not None:
+            self.front.fill = functools.reduce(Front.joined, (f.front for f in self.fittings))
         # a text may be too short to lose a token, an image may not
         self.state.reduces = self.host.modality != "text" and any(
             "tokens" in fill.slots() for fill in fills
@@ -155,6 +164,7 @@ def apply(
         _refuse_taken(installation, fitting)
         installation.fittings.append(fitting)
         try:
+            _install_front(installation, fitting)
             _add_modules(installation, fitting)
         except BaseException:
             installation.fittings.remove(fitting)
@@ -172,6 +182,7 @@ def apply(
             installation.refresh()
             verify(host, installation.flows, installation.state, expected)
         installation.fittings.append(fitting)
+        _install_front(installation, fitting)
         _add_modules(installation, fitting)
     except BaseException:
         _uninstall(installation)
@@ -297,7 +308,7 @@ def adjust(model: nn.Module, slug: str | None = None, **settings: Any) -> Adjust
     installation, place = found[0]
     before = installation.fittings[place]
     changed = registry.build(before.method, settings)
-    if any(isinstance(part, nn.Module) for fill in before.fills for part in fill.parts()):
+    if any(isinstance(part, nn.Module) for part in _parts(before)):
         raise FitError(
             f"{before.slug} has parameters of its own, which new settings would discard; remove "
             "it and apply it again"
@@ -476,7 +487,13 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
         # outside the chosen blocks nothing is filled, but keys still count by their size
         rest = [Fill(size_bias=fill.size_bias) for fill in fills]
         fills = [fill if i in chosen else rest[i] for i, fill in enumerate(fills)]
-    return Fitting(method, host, chosen, restore, fills)
+    front = method.front(host)
+    if front.slots() and chosen is not None:
+        raise FitError(
+            f"{method.slug} fills the slots {sorted(front.slots())} in front of the blocks, which "
+            f"where={where!r} cannot restrict; leave it out"
+        )
+    return Fitting(method, host, chosen, restore, fills, front)
 
 
 def _refuse_parts_missing(host: Host, fills: list[Fill], slug: str) -> None:
@@ -516,6 +533,12 @@ def _chosen(where: Where, depth: int) -> list[int] | None:
 
 def _refuse_taken(installation: _Installation, new: Fitting) -> None:
     for old in installation.fittings:
+        before = sorted(old.front.slots() & new.front.slots())
+        if before:
+            raise FitError(
+                f"slot {before[0]!r} is taken by {old.slug}; transom.remove(model, {old.slug!r}) "
+                "first"
+            )
         for i, (a, b) in enumerate(zip(old.fills, new.fills, strict=True)):
             taken = a.slots() & b.slots()
             if taken or old.slug == new.slug:
@@ -576,9 +599,24 @@ def _uninstall(installation: _Installation) -> None:
     installation.journal.clear()
 
 
+def _install_front(installation: _Installation, fitting: Fitting) -> None:
+    """Put the host's view of its front in place when the first method wants to fill a slot."""
+    if not fitting.front.slots() or installation.front is not None:
+        return
+    view = front_of(installation.host)
+    for change in view.install():
+        installation.journal.append(change)
+    installation.front = view
+
+
+def _parts(fitting: Fitting) -> list[object]:
+    """Everything that a fitting puts into slots, in a fixed order."""
+    return [*(part for fill in fitting.fills for part in fill.parts()), *fitting.front.parts()]
+
+
 def _add_modules(installation: _Installation, fitting: Fitting) -> None:
     """Register parameters that come with a method under one prefix of the host."""
-    new = [part for fill in fitting.fills for part in fill.parts() if isinstance(part, nn.Module)]
+    new = [part for part in _parts(fitting) if isinstance(part, nn.Module)]
     if not new:
         return
     root = installation.host.root

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.front import Front
 from transom.settings import check
 from transom.slots import Fill
 
@@ -170,6 +171,20 @@ class Method(ABC):
         Raises:
             FitError: the host lacks something this method needs.
         """
+
+    def front(self, host: Host) -> Front:
+        """What goes in front of the blocks of this host: its tokenizer, its positions.
+
+        Args:
+            host: the adapter's view of a model.
+
+        Returns:
+            By default nothing.
+
+        Raises:
+            FitError: the host lacks something this method needs.
+        """
+        return Front()
 
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:

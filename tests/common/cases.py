@@ -54,7 +54,8 @@ def fitted(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
 def bites(model: nn.Module) -> bool:
     """Whether anything fills a slot of a fitted model."""
-    return any(fill.slots() for f in transom.fittings(model) for fill in f.fills)
+    fitted = transom.fittings(model)
+    return any(fill.slots() for f in fitted for fill in (*f.fills, f.front))
 
 
 def same(got: list[Tensor], expected: list[Tensor]) -> bool:

@@ -14,8 +14,9 @@ from timm.models.twins import Twins
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tests.common.cases import anatomy
-from tests.common.hosts import randomised
+import transom
+from tests.common.cases import anatomy, close, same, unchanged
+from tests.common.hosts import HOSTS, call, images, randomised
 from tests.ops.strategies import generator
 from transom.errors import FitError, HostError, TokensError
 from transom.papers.attention.shift_equivariance import (
@@ -267,3 +268,105 @@ def test_models_compile_to_one_graph() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("timm-class", "timm-registers", "timm-average", "timm-distilled", "timm-dynamic"),
+        *("timm-rich", "hf-vit", "hf-deit", "hf-dinov2-registers", "hf-clip-vision", "hf-siglip"),
+    ],
+)
+@pytest.mark.parametrize("norm", [True, False])
+def test_every_shift_gives_a_fitted_host_the_same_logits(host: str, norm: bool) -> None:
+    model = HOSTS[host]()
+    plain, before = call(model, images(host)), anatomy(model)
+    shifts = every_shift(torch.randn(3, 32, 32), 32, 32)[:: 7 if norm else 5]
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([_read(model, part) for part in x.split(128)])
+
+    apart = logits(shifts)
+    assert (apart - apart[:1]).abs().max() > 1e-2
+    transom.apply(model, "shift-equivariance", norm=norm)
+    together = logits(shifts)
+    assert (together - together[:1]).abs().max() < 1e-5
+    other = logits(torch.randn(1, 3, 32, 32))
+    assert (other - together[:1]).abs().max() > 1e-3, "every image looks alike"
+    transom.remove(model)
+    assert anatomy(model) == before
+    assert same(call(model, images(host)), plain)
+
+
+def _read(model: nn.Module, x: Tensor) -> Tensor:
+    """What a host makes of its class token or of the average."""
+    out = model(x)
+    if isinstance(out, Tensor):
+        return out
+    return out.image_embeds if hasattr(out, "image_embeds") else out.logits
+
+
+@pytest.mark.parametrize("host", ["timm-class", "timm-dynamic", "hf-vit", "hf-clip-vision"])
+@torch.no_grad()
+def test_the_host_keeps_its_weights_and_prefix_positions(host: str) -> None:
+    """With nothing but its table of positions gone, a host whose table is zero is itself."""
+    model, x = HOSTS[host](), images(host)
+    for name, parameter in model.named_parameters():
+        if "pos_embed" in name or "position_embedding" in name:
+            flat = parameter.view(-1, parameter.shape[-1])
+            flat[1:] = 0  # the class token keeps a position
+    patch = 8
+    anchored = anchor(x, patch)
+    expected = call(model, anchored)
+    transom.apply(model, "shift-equivariance", norm=False, init="zero")
+    close(call(model, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("timm-rotary", "adds positions in its own way"),
+        ("hf-dinov2-backbone", "come out shifted"),
+    ],
+)
+def test_hosts_without_such_a_front_are_refused(host: str, reason: str) -> None:
+    model = HOSTS[host]()
+    with unchanged(model), pytest.raises(FitError, match=reason):
+        transom.apply(model, "shift-equivariance")
+
+
+def test_overlapping_patches_are_refused() -> None:
+    model: Any = HOSTS["timm-class"]()
+    model.patch_embed.proj.stride = (4, 4)
+    model.pos_embed.data = torch.zeros(1, 50, 32)
+    before = anatomy(model)
+    with pytest.raises(FitError, match="overlap"):
+        transom.apply(model, "shift-equivariance", check=False)
+    assert anatomy(model) == before
+
+
+@torch.no_grad()
+def test_it_fits_beside_a_method_in_the_blocks_and_goes_alone() -> None:
+    model, x = HOSTS["timm-class"](), images("timm-class")
+    plain, before = call(model, x), anatomy(model)
+    transom.apply(model, "tome", r=2)
+    merged = call(model, x)
+    transom.apply(model, "shift-equivariance")
+    assert [f.slug for f in transom.fittings(model)] == ["tome", "shift-equivariance"]
+    both = call(model, x)
+    assert not same(both, merged)
+    close(call(model, x.roll((3, 5), (2, 3))), both)
+    transom.remove(model, "shift-equivariance")
+    assert same(call(model, x), merged)
+    transom.remove(model)
+    assert anatomy(model) == before
+    assert same(call(model, x), plain)
+
+
+def test_blocks_cannot_be_chosen_for_what_is_in_front_of_them() -> None:
+    with pytest.raises(FitError, match="cannot restrict"):
+        transom.apply(HOSTS["timm-class"](), "shift-equivariance", where=1)
+    model = transom.apply(HOSTS["timm-class"](), "shift-equivariance")
+    with pytest.raises(FitError, match="parameters of its own"):
+        transom.adjust(model, norm=False)

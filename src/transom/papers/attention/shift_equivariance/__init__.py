@@ -22,6 +22,12 @@ choice is made in double: where the norms of two polyphases agree to more digits
 periodic images) shifted copies may choose differently. Real shifts, which move new pixels in, are
 followed up to the borders only. The patch embedding has a LayerNorm that ViT's has not.
 
+As a method it fills the slots `tokenizer` and `position` of a ViT of timm or transformers: the
+host's patch embedding of the anchored image, with the new norm or without, and the convolution
+instead of the table of positions (prefix tokens keep theirs). Where a host returns its patches they
+come out shifted, image by image. For Twins of timm `anchor_twins` and
+`release_twins` do the same in place; its weights go on as they are.
+
 Checked: goldens of the official operator, patch embedding, positions and both models; the roll
 written out; logits of every circular shift of a patch (ViT) or of the coarsest grid (Twins) equal
 to 1e-5, where those of the plain models are not. Swin and CSWin forms are not here. The training
@@ -30,16 +36,25 @@ results of the paper were not reproduced.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from transom.errors import FitError
+from transom.front import Front
+from transom.hosts.base import Host
 from transom.papers.attention.shift_equivariance.polyphase import (
     anchor,
     anchor_tokens,
     norms,
     reference,
+)
+from transom.papers.attention.shift_equivariance.slots import (
+    AnchoredTokenizer,
+    circular_position,
 )
 from transom.papers.attention.shift_equivariance.twins import (
     PolyTwins,
@@ -51,7 +66,8 @@ from transom.papers.attention.shift_equivariance.vit import (
     CircularPosition,
     PolyViT,
 )
-from transom.registry import Backbone, Offer
+from transom.registry import Backbone, Method, Offer
+from transom.slots import Fill
 
 __all__ = [
     "BACKBONES",
@@ -60,6 +76,7 @@ __all__ = [
     "CircularPosition",
     "PolyTwins",
     "PolyViT",
+    "ShiftEquivariance",
     "anchor",
     "anchor_tokens",
     "anchor_twins",
@@ -67,6 +84,43 @@ __all__ = [
     "reference",
     "release_twins",
 ]
+
+
+@dataclass(frozen=True)
+class ShiftEquivariance(Method):
+    """Anchored patches and circular positions in front of a host's blocks.
+
+    Attributes:
+        norm: put the LayerNorm of the paper behind the patch embedding; without it the patches are
+            those that the host's blocks are used to.
+        init: begin with random positions as the official code does, or with none.
+        seed: of the random ones.
+    """
+
+    norm: bool = True
+    init: Literal["official", "zero"] = "official"
+    seed: int = 0
+    needs_training: ClassVar[bool] = True
+
+    def fit(self, host: Host) -> list[Fill]:
+        return [Fill()] * host.depth
+
+    def front(self, host: Host) -> Front:
+        if host.reads == "maps":
+            raise FitError(
+                "shift-equivariance lays the patches out from where each image says, and the maps "
+                f"that are made of the features of this {host.family} would come out shifted; fit "
+                "it to a model that pools its tokens or reads a class token"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            position = circular_position(host.width, self.init == "zero")
+        return Front(AnchoredTokenizer(host.width, self.norm), position)
+
+    @classmethod
+    def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
+        return [{"norm": False, "init": "zero"}, {"norm": False}, {}]
+
 
 BACKBONES = (
     Backbone("polyvit_small_patch16_224"),

@@ -69,6 +69,6 @@ class PolyViT(VisionTransformer):
             grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         x = self.pos_conv(x, grid)
         front = [
-            t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None
+            t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None
         ]
         return self.pos_drop(torch.cat([*front, x], 1))
