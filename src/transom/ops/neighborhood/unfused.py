@@ -105,6 +105,8 @@ def window_logits(q: Tensor, k: Tensor, size: int) -> Tensor:
     Returns:
         (B, h, w, H, size·size); zero outside the grid.
     """
+    dtype = torch.promote_types(q.dtype, k.dtype)  # under autocast norms are wider than products
+    q, k = q.to(dtype), k.to(dtype)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Logits.apply(q, k, size)
     return _dots(q, k, size)
@@ -121,6 +123,8 @@ def window_sum(weight: Tensor, v: Tensor, size: int) -> Tensor:
     Returns:
         (B, h, w, H, d).
     """
+    dtype = torch.promote_types(weight.dtype, v.dtype)
+    weight, v = weight.to(dtype), v.to(dtype)
     if torch.is_grad_enabled() and (weight.requires_grad or v.requires_grad):
         return _Sum.apply(weight, v, size)
     return _gathered(weight, v, size)

@@ -162,7 +162,7 @@ class PositionBias(nn.Module):
 
     def bias(self, coords: Tensor, pair: Tensor, queries: int) -> Tensor:
         """(H, N, P) for the tables of a :class:`Geometry`."""
-        hidden = F.relu(self.cpb_fc1(coords.to(self.cpb_fc1.weight.dtype)))
+        hidden = F.relu(self.cpb_fc1(coords.to(self.cpb_fc1.weight.dtype)), inplace=True)
         table = self.cpb_fc2(hidden).mT  # (H, M)
         return table.index_select(1, pair).unflatten(1, (queries, -1))
 

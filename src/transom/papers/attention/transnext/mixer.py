@@ -70,8 +70,9 @@ class AggregatedAttention(Cosine):
 
     def pool(self, x: Tensor, grid: Grid, pooled: Grid) -> Tensor:
         """Pooled features (B, P, C)."""
-        y = F.gelu(self.sr(x.mT.unflatten(2, grid)))
-        return self.norm(F.adaptive_avg_pool2d(y, pooled).flatten(2).mT)
+        # a convolution of one position is a linear map of tokens, and needs no copy into a map
+        y = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
+        return self.norm(F.adaptive_avg_pool2d(y.mT.unflatten(2, grid), pooled).flatten(2).mT)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit keys and values (B, N, H, d)."""
