@@ -14,12 +14,16 @@ convolution of the values (`lepe`) joins the result in front of the output proje
 Shapes: maps (B, h, w, C), q, k, v (B, h, w, n, d); the full mask D is (n, h w, h w), those of the
 axes (n, h, h) and (n, w, w). Both forms run in fused attention with the mask as additive bias.
 
-The backbones T, S, B and L are models of timm. As a method for other hosts the decay alone is an
-attention operator between their own projections: patches decay towards each other, prefix tokens
-(class, registers) have bias 0 in both directions, and positions stay the host's. The decomposed
-form there keeps the prefix tokens among the keys of both passes, and lets them look at everything;
-that is our choice, the paper has no such tokens. With a large `initial_value` nothing decays and
-the host is as it was.
+The backbones T, S, B and L are models of timm, and S*, B* and L* those for token labelling: with a
+classifier of single positions, in training mode they return (logits, logits of positions, box),
+where the tokens of a rectangle, the box, were exchanged within the batch.
+
+As a method for other hosts the decay alone is an attention operator between their own projections:
+patches decay towards each other, prefix tokens (class, registers) have bias 0 in both directions,
+and positions stay the host's; in hosts with windows it acts inside them. The decomposed form there
+keeps the prefix tokens among the keys of both passes, and lets them look at everything; that is our
+choice, the paper has no such tokens. With a large `initial_value` nothing decays and the host is as
+it was. The method brings no parameters, but is meant to be trained with.
 
 Source: Fan et al., "RMT: Retentive Networks Meet Vision Transformers", 2023, equations of Manhattan
 self-attention and its decomposition; official code github.com/qhfan/RMT. Parameters have the
@@ -49,6 +53,9 @@ BACKBONES = (
     Backbone("rmt_small", params=27),
     Backbone("rmt_base", params=54),
     Backbone("rmt_large", params=95),
+    Backbone("rmt_small_token_label"),
+    Backbone("rmt_base_token_label"),
+    Backbone("rmt_large_token_label"),
 )
 
 OFFERS = (Offer("operator", "manhattan-self-attention", MaSA),)

@@ -399,43 +399,14 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {name: _cfg() for name in ("rmt_tiny", "rmt_small", "rmt_base", "rmt_large")}
-)
-
-
-def _create(variant: str, pretrained: bool, **settings: Any) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(
-        VisRetNet,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **settings,
-    )
-    return model
-
-
-@register_model
-def rmt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RMT-T: full attention from stage 3 on."""
-    return _create("rmt_tiny", pretrained, **kwargs)
-
-
-@register_model
-def rmt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RMT-S."""
-    settings = {
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
         "depths": (3, 4, 18, 4),
         "mlp_ratios": (4, 4, 3, 3),
         "decomposed": (True, True, True, False),
-    }
-    return _create("rmt_small", pretrained, **{**settings, **kwargs})
-
-
-@register_model
-def rmt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RMT-B (RMT_M2 in the official code)."""
-    settings = {
+    },
+    "base": {
         "embed_dims": (80, 160, 320, 512),
         "depths": (4, 8, 25, 8),
         "num_heads": (5, 5, 10, 16),
@@ -443,14 +414,8 @@ def rmt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "mlp_ratios": (4, 4, 3, 3),
         "decomposed": (True, True, True, False),
         "layerscales": (False, False, True, True),
-    }
-    return _create("rmt_base", pretrained, **{**settings, **kwargs})
-
-
-@register_model
-def rmt_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RMT-L (RMT_L6 in the official code)."""
-    settings = {
+    },
+    "large": {
         "embed_dims": (112, 224, 448, 640),
         "depths": (4, 8, 25, 8),
         "num_heads": (7, 7, 14, 20),
@@ -458,5 +423,70 @@ def rmt_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "mlp_ratios": (4, 4, 3, 3),
         "decomposed": (True, True, True, False),
         "layerscales": (False, False, True, True),
+    },
+}
+_LABELLED = ("small", "base", "large")
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"rmt_{size}": _cfg() for size in _SIZES},
+        **{f"rmt_{size}_token_label": _cfg(classifier=("head", "aux_head")) for size in _LABELLED},
     }
-    return _create("rmt_large", pretrained, **{**settings, **kwargs})
+)
+
+
+def _create(size: str, pretrained: bool, settings: dict[str, Any], suffix: str = "") -> nn.Module:
+    model: nn.Module = build_model_with_cfg(
+        VisRetNet,
+        f"rmt_{size}{suffix}",
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**_SIZES[size], **settings},
+    )
+    return model
+
+
+def _labelled(size: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
+    return _create(size, pretrained, {"token_label": True, **settings}, "_token_label")
+
+
+@register_model
+def rmt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-T: full attention from stage 3 on (RMT_T3 in the official code)."""
+    return _create("tiny", pretrained, kwargs)
+
+
+@register_model
+def rmt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-S."""
+    return _create("small", pretrained, kwargs)
+
+
+@register_model
+def rmt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-B (RMT_M2 in the official code)."""
+    return _create("base", pretrained, kwargs)
+
+
+@register_model
+def rmt_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-L (RMT_L6 in the official code)."""
+    return _create("large", pretrained, kwargs)
+
+
+@register_model
+def rmt_small_token_label(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-S*, with the classifier of single positions."""
+    return _labelled("small", pretrained, kwargs)
+
+
+@register_model
+def rmt_base_token_label(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-B*, with the classifier of single positions."""
+    return _labelled("base", pretrained, kwargs)
+
+
+@register_model
+def rmt_large_token_label(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RMT-L*, with the classifier of single positions."""
+    return _labelled("large", pretrained, kwargs)
