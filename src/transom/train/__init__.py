@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transom.train.evaluate import Score, evaluate
-from transom.train.loop import Moment, Outcome, train
+from transom.train.loop import Moment, Outcome, build_model, train
 from transom.train.recipe import Recipe, parse_recipe, read_recipe
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Outcome",
     "Recipe",
     "Score",
+    "build_model",
     "evaluate",
     "parse_recipe",
     "read_recipe",

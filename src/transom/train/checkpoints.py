@@ -71,7 +71,7 @@ def save(
     if failure is not None:
         shutil.rmtree(part, ignore_errors=True)
         before = latest(folder)
-        kept = f"; {before.name} is intact, and the run goes on from it" if before else ""
+        kept = f"; {before.name} is intact, and the next run goes on from it" if before else ""
         raise CheckpointError(
             f"the checkpoint {path.name} could not be written to {str(folder)!r} ({failure}){kept}"
         ) from failure

@@ -259,20 +259,21 @@ def _readable(found: Found) -> tuple[Found, list[tuple[str, str]]]:
 
 
 def augmentation(part: AugmentPart, preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
-    """timm's training transform: an RGB picture becomes the model's input (3, H, W).
+    """The training transform of timm: an RGB picture becomes the model's input (3, H, W).
 
     Args:
         part: the section.
         preprocessing: size, mean and standard deviation.
     """
     whole = part.scale is None
+    jitter: Any = part.color_jitter or None
     transform: Callable[[Any], Tensor] = create_transform(
         input_size=(3, *preprocessing.size),
         is_training=True,
         scale=(1.0, 1.0) if whole else part.scale,
         ratio=(1.0, 1.0) if whole else part.ratio,
         hflip=part.hflip,
-        color_jitter=part.color_jitter or None,
+        color_jitter=jitter,
         auto_augment=part.auto,
         re_prob=part.erase,
         re_mode="pixel",
@@ -328,8 +329,14 @@ class Shuffled(Sampler[int]):
 
 
 def seed_everything(*numbers: int) -> None:
-    """Set every generator that augmentation and models draw from, by several numbers at once."""
+    """Set every generator that augmentation and models draw from, by several numbers at once.
+
+    `torch.manual_seed` would do more than is needed: without an accelerator it remembers each call
+    with its stack, which for a seed an image costs more than the image.
+    """
     first, second, third = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(first))
     np.random.seed(int(second))  # noqa: NPY002  timm draws from the global one
-    torch.manual_seed(int(third))
+    torch.default_generator.manual_seed(int(third))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(int(third))

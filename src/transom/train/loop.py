@@ -291,10 +291,14 @@ class _Run:
             {"step": str(self.done), "names": json.dumps(names)},
         )
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        inputs = "the images are finite" if torch.isfinite(images).all() else "so are the images"
+        inputs = (
+            "the images are finite"
+            if torch.isfinite(images).all()
+            else "the images are not finite either"
+        )
         raise TrainingError(
-            f"the loss of step {self.done} is {float(loss)}, on {shown}; {inputs}. The batch is in "
-            f"{str(path)!r}. A lower optim.lr, optim.clip=1 or precision=fp32 often help"
+            f"the loss of step {self.done} is {float(loss.detach())}, on {shown}; {inputs}. The "
+            f"batch is in {str(path)!r}. A lower optim.lr, optim.clip=1 or precision=fp32 often help"
         )
 
     def _row(self, epoch: int, loss: float, correct: float, rate: float) -> None:

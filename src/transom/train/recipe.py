@@ -18,6 +18,8 @@ from typing import Any, Literal
 from transom.errors import SettingsError
 from transom.settings import check
 
+_FIELDS = "__dataclass_fields__"
+
 Triple = tuple[float, float, float]
 
 
@@ -349,7 +351,7 @@ def _section(cls: type[Any], content: Any, path: str) -> Any:
 
 def _dataclass(hint: Any) -> type[Any] | None:
     inner = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((one for one in inner if dataclasses.is_dataclass(one)), None)  # type: ignore[arg-type]
+    return next((one for one in inner if isinstance(one, type) and hasattr(one, _FIELDS)), None)
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -369,11 +371,17 @@ def _typed(value: Any, hint: Any) -> Any:
 def _nearest(path: str, key: str) -> str:
     """The known key most like this one: first in its own section, then anywhere."""
     known = list(_keys(Recipe, ""))
-    here = [name for name in known if name.rpartition(".")[0] == path.rstrip(".")]
-    close = difflib.get_close_matches(path + key, here, 1)
-    if not close:
-        last = {name.rpartition(".")[2]: name for name in reversed(known)}
-        close = [last[word] for word in difflib.get_close_matches(key, list(last), 1)]
+    anywhere = {name.rpartition(".")[2]: name for name in reversed(known)}
+    here = {
+        name.removeprefix(path): name
+        for name in known
+        if name.startswith(path) and "." not in name.removeprefix(path)
+    }
+    close = [
+        names[word]
+        for names in (here, anywhere)
+        for word in difflib.get_close_matches(key, list(names), 1)
+    ]
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
