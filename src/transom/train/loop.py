@@ -103,15 +103,17 @@ def build_model(part: ModelPart, seed: int = 0) -> nn.Module:
         HostError: no model has this name, or it does not take these arguments.
         CheckpointError: the weights are not its own.
     """
-    args = dict(part.args)
-    known: dict[str, Any] = {"mean": part.mean, "std": part.std, "crop_pct": part.crop_pct}
-    overlay = {name: value for name, value in known.items() if value is not None}
-    if overlay:
-        args["pretrained_cfg_overlay"] = overlay
     weights = None if part.weights is None else Path(part.weights)
     return models.create(
-        part.name, args=args, weights=weights, pretrained=part.pretrained, seed=seed
+        part.name, args=timm_args(part), weights=weights, pretrained=part.pretrained, seed=seed
     )
+
+
+def timm_args(part: ModelPart) -> dict[str, Any]:
+    """The arguments for ``timm.create_model`` that a section comes down to."""
+    known: dict[str, Any] = {"mean": part.mean, "std": part.std, "crop_pct": part.crop_pct}
+    overlay = {name: value for name, value in known.items() if value is not None}
+    return {**part.args, **({"pretrained_cfg_overlay": overlay} if overlay else {})}
 
 
 def train(
@@ -298,7 +300,7 @@ class _Run:
         )
         raise TrainingError(
             f"the loss of step {self.done} is {float(loss.detach())}, on {shown}; {inputs}. The "
-            f"batch is in {str(path)!r}. A lower optim.lr, optim.clip=1 or precision=fp32 often help"
+            f"batch is in {str(path)!r}. A lower optim.lr, optim.clip=1 or precision=fp32 may help"
         )
 
     def _row(self, epoch: int, loss: float, correct: float, rate: float) -> None:
