@@ -60,6 +60,19 @@ def relative_logits(
     return out if bias is None else out + bias[row].permute(2, 0, 1)
 
 
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, valid: Tensor | None = None
+) -> Tensor:
+    """Twin of :func:`transom.ops.token_norm.batch_norm` while training."""
+    valid = torch.ones_like(x[..., 0]) if valid is None else valid
+    out = torch.zeros_like(x)
+    for channel in range(x.shape[-1]):
+        values = x[..., channel][valid.bool()]
+        normed = (values - values.mean()) / (values.var(correction=0) + eps).sqrt()
+        out[..., channel][valid.bool()] = normed * weight[channel] + bias[channel]
+    return out
+
+
 def groups(matching: Matching, item: int) -> list[tuple[int, ...]]:
     """Of one batch item: each new token as its old position, then the sorted ones it took in."""
     keep, source, into = (part[item].tolist() for part in matching)
