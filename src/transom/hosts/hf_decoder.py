@@ -116,9 +116,9 @@ class DecoderBlock(HfBlock):
         ask.visual = record.visual
         assert ask.memory is not None
         ask.memory["visual"] = record.visual
+        ask.memory["valid"] = record.valid
         if ask.moved:
-            ask.memory["home"], ask.memory["valid"] = record.home, record.valid
-            ask.memory["count"] = record.layout.count
+            ask.memory["home"], ask.memory["count"] = record.home, record.layout.count
         return record
 
     def _continued(self, ask: Ask, given: Mapping[str, Any]) -> Tensor | None:
