@@ -369,7 +369,7 @@ class GAAM(Method):
     Attributes:
         gates: what is gated.
         axis: along which the weights sum to one.
-        heads: chunks of that axis.
+        heads: chunks of that axis; of tokens, they are cut over the padded length.
         gaussians: K of each head.
         combine: the official product of the Gaussians, or their sum (a true mixture; ours).
         rescale: multiply by the length of a chunk, so that the gate is about one on average and
