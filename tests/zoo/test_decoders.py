@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import transom
 from tests.common.cases import anatomy
+from transom import registry
 from transom.errors import FitError, HostError
 from transom.hosts import Host
 from transom.ops import reference
@@ -354,6 +355,30 @@ class LookMethod(Method):
         visual = asked["ask"].visual
         self.seen.append(visual)
         return reference.attention(q, k, v, asked["bias"], asked["scale"])
+
+
+DECODING = sorted(slug for slug, cls in registry.methods().items() if cls.takes == "decoder")
+
+
+@pytest.mark.parametrize("name", ["llama", "llava", "qwen2-vl"])
+@pytest.mark.parametrize("method", DECODING)
+@torch.no_grad()
+def test_every_decoder_method_comes_out_again(method: str, name: str) -> None:
+    model, given = HOSTS[name](), inputs(name)
+    plain = model(**given).logits
+    before, keys = anatomy(model), list(model.state_dict())
+    torch.manual_seed(0)  # new parameters may be drawn
+    transom.apply(model, method, **registry.methods()[method].grid(4, 9)[-1])
+    assert any(fill.slots() for f in transom.fittings(model) for fill in f.fills)
+    last = model(**given).logits[:, -1]
+    assert last.isfinite().all()
+    if name in SEEING:
+        assert not torch.equal(last, plain[:, -1]), f"{method} fills slots and changes nothing"
+    assert model.generate(**given, max_new_tokens=3, do_sample=False).shape[0] == 2
+    transom.remove(model)
+    assert own(anatomy(model)) == own(before)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(**given).logits, plain)
 
 
 def test_encoder_methods_take_the_eyes_and_decoder_methods_the_tongue() -> None:

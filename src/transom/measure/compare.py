@@ -238,9 +238,13 @@ def _placed(
 
 def _chosen(methods: Sequence[MethodLike] | None) -> list[MethodLike]:
     if methods is None:
-        known = registry.methods()
-        papers = [s for s, cls in known.items() if ".baselines." not in cls.__module__]
-        return [*papers, CONTROL]
+        # what is fair without training, on images: fewer tokens
+        ready = [
+            slug
+            for slug, cls in registry.methods().items()
+            if ".tokens." in cls.__module__ and cls.takes == "encoder" and not cls.needs_training
+        ]
+        return [*ready, CONTROL]
     if isinstance(methods, (str, Method)):
         methods = [methods]
     # The plain host is always measured; naming it does no harm.
