@@ -97,11 +97,16 @@ def fna(shape: Shape, skip: set[str]) -> dict[str, Form]:
     """2-D neighborhood attention, 7 x 7 keys a query."""
     q, k, v = shape.random()
     flat = [t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)]
+    axes = neighborhood.axes((shape.side, shape.side), 7)
+    choice = neighborhood.explain(q, k, v, 7)
+    ready = {}
+    if choice.tile is not None:
+        ready = neighborhood.tiled.masks(axes, choice.tile, 0, shape.dtype, shape.device)
+    held = tuple(mask for mask in ready.values() if mask is not None)
     forms = {
-        "neighborhood": Form(lambda: neighborhood.attend(q, k, v, 7)),
+        "neighborhood": Form(lambda: neighborhood.attend(q, k, v, 7), held),
         "sdpa": Form(lambda: attention.attend(*flat), exact=False),
     }
-    axes = neighborhood.axes((shape.side, shape.side), 7)
     if "masked sdpa" not in skip:
         hidden = ~neighborhood.dense_mask(axes, shape.device)
         mask = torch.zeros(hidden.shape, dtype=shape.dtype, device=shape.device)
@@ -109,7 +114,7 @@ def fna(shape: Shape, skip: set[str]) -> dict[str, Form]:
         forms["masked sdpa"] = Form(lambda: _grid(attention.attend(*flat, mask), q), (mask,))
     table = _neighbours(axes, shape.device)
     forms["gather"] = Form(lambda: _gathered(q, k, v, table), (table,))
-    if neighborhood.explain(q, k, v, 7).path == "tiled" and shape.dtype != torch.float64:
+    if choice.path == "tiled" and "flex" not in choice.refused:
         forms["flex"] = Form(lambda: neighborhood.attend(q, k, v, 7, path="flex"))
     elif shape.device.type != "cpu":
         forms["tiled"] = Form(lambda: neighborhood.attend(q, k, v, 7, path="tiled"))

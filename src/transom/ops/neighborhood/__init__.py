@@ -27,6 +27,7 @@ authors' package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args, overload
@@ -92,35 +93,30 @@ def explain(
     """
     found = axes(q.shape[1:-2], kernel_size, stride, dilation, is_causal)
     _check(q, k, v, extra_k, extra_v)
-    return _choose(q, k, v, found, extra_k, return_lse)
-
-
-def _choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    found: tuple[Axis, ...],
-    extra_k: Tensor | None,
-    lse: bool,
-) -> Choice:
+    path, why, refused = _choose(q, k, v, return_lse)
     extra = 0 if extra_k is None else extra_k.shape[1]
+    return Choice(
+        path,
+        why,
+        refused,
+        keys=math.prod([axis.kernel for axis in found]) + extra,
+        tokens=math.prod([axis.length for axis in found]),
+        tile=tiled.sizes(found, q.shape[-2], q.shape[-1], extra) if path == "tiled" else None,
+    )
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> tuple[Path, str, dict[Path, str]]:
+    """The path, why, and the others that cannot run."""
     reasons: dict[Path, str | None] = {
         "natten": kernels.natten_refuses(q, k, v, lse=lse),
         "flex": kernels.flex_refuses(q, k, v, lse=lse),
     }
     refused = {path: why for path, why in reasons.items() if why is not None}
-    path: Path = "tiled"
-    why = "memory O(tokens * keys), and no kernel that has to be compiled"
     if "natten" not in refused:
-        path, why = "natten", "the package natten has kernels for this GPU"
-    elif "flex" not in refused and q.is_cuda:
-        path, why = "flex", "on a GPU one compiled kernel beats a launch for every tile"
-    tokens, keys = 1, 1
-    for axis in found:
-        tokens, keys = tokens * axis.length, keys * axis.kernel
-    cut = tiled.sizes(found, q.shape[-2], q.shape[-1], extra)
-    tile = cut if path == "tiled" else None
-    return Choice(path, why, refused, keys + extra, tokens, tile)
+        return "natten", "the package natten has kernels for this GPU", refused
+    if "flex" not in refused and q.is_cuda:
+        return "flex", "on a GPU one compiled kernel beats a launch for every tile", refused
+    return "tiled", "memory O(tokens * keys), and no kernel that has to be compiled", refused
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
@@ -220,10 +216,7 @@ def attend(
     found = axes(q.shape[1:-2], kernel_size, stride, dilation, is_causal)
     _check(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if path is None:
-        taken = _choose(q, k, v, found, extra_k, return_lse).path
-    else:
-        taken = _asked(path, q, k, v, return_lse)
+    taken = _taken(path, q, k, v, return_lse)
     lse: Tensor | None
     if taken == "tiled":
         out, lse = tiled.attend(q, k, v, found, scale, extra_k, extra_v, lse=return_lse)
@@ -239,7 +232,9 @@ def attend(
     return out, lse
 
 
-def _asked(path: Path, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Path:
+def _taken(path: Path | None, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Path:
+    if path is None:
+        return _choose(q, k, v, lse)[0]
     if path not in PATHS:
         raise SettingsError(f"path is {path!r}; expected one of {', '.join(PATHS)}, or None")
     refusals = {"natten": kernels.natten_refuses, "flex": kernels.flex_refuses}

@@ -118,10 +118,10 @@ def flex(
 
 def natten_refuses(q: Tensor, k: Tensor, v: Tensor, *, lse: bool) -> str | None:
     """Why the package natten cannot run here; None if it can."""
-    if importlib.util.find_spec("natten") is None:
-        return "the package natten is not installed"
     if not q.is_cuda:
         return "the kernels of natten need a GPU"
+    if importlib.util.find_spec("natten") is None:
+        return "the package natten is not installed"
     package = importlib.import_module("natten")
     if "return_lse" not in inspect.signature(getattr(package, "na2d", print)).parameters:
         return "the installed natten is older than 0.21"

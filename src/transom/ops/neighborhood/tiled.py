@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.ops.neighborhood.rule import Axis
 
@@ -81,7 +81,7 @@ def _strided(remainder: int, start: int, stop: int, step: int) -> slice:
     return slice(remainder + start * step, remainder + (stop - 1) * step + 1, step)
 
 
-def sizes(axes: Sequence[Axis], heads: int, width: int, extra: int = 0) -> tuple[int, ...]:
+def sizes(axes: tuple[Axis, ...], heads: int, width: int, extra: int = 0) -> tuple[int, ...]:
     """Queries of a tile along every axis, by the cheapest of a few dozen cuts.
 
     The batch is not asked, so that an image is cut the same whatever comes with it.
@@ -92,6 +92,11 @@ def sizes(axes: Sequence[Axis], heads: int, width: int, extra: int = 0) -> tuple
         width: of a head.
         extra: keys that every query sees as well.
     """
+    find = _sizes if torch.compiler.is_compiling() else _remembered_sizes
+    return find(axes, heads, width, extra)
+
+
+def _sizes(axes: tuple[Axis, ...], heads: int, width: int, extra: int) -> tuple[int, ...]:
     choices = []
     for axis in axes:
         n = axis.group(0)
@@ -104,6 +109,9 @@ def sizes(axes: Sequence[Axis], heads: int, width: int, extra: int = 0) -> tuple
         itertools.product(*choices),
         key=lambda cut: _cost(axes, cut, heads, width, extra),
     )
+
+
+_remembered_sizes = functools.lru_cache(maxsize=64)(_sizes)
 
 
 def _cost(axes: Sequence[Axis], cut: Sequence[int], heads: int, width: int, extra: int) -> float:
@@ -157,31 +165,34 @@ def tiles(axes: tuple[Axis, ...], cut: tuple[int, ...]) -> tuple[Tile, ...]:
     return plan(axes, cut) if torch.compiler.is_compiling() else _remembered(axes, cut)
 
 
-class Masks:
-    """Additive masks of tiles, made once for each kind."""
+Masks = dict[Any, Tensor | None]
 
-    def __init__(self, extra: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.extra = extra
-        self.dtype = dtype
-        self.device = device
-        self.made: dict[Any, Tensor | None] = {}
 
-    def of(self, tile: Tile) -> Tensor | None:
-        """(Q, E + R) of zeros and -inf; None where everything is seen."""
-        if tile.kind not in self.made:
-            self.made[tile.kind] = self._make(tile)
-        return self.made[tile.kind]
+def masks(
+    axes: tuple[Axis, ...],
+    cut: tuple[int, ...],
+    extra: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Masks:
+    """The additive mask (Q, E + R) of each kind of tile; None where everything is seen."""
+    with torch.inference_mode(False), torch.no_grad():  # they outlive the call
+        kinds = {tile.kind: tile for tile in tiles(axes, cut)}
+        return {kind: _mask(tile, extra, dtype, device) for kind, tile in kinds.items()}
 
-    def _make(self, tile: Tile) -> Tensor | None:
-        if all(span.full for span in tile.spans):
-            return None
-        seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        for span in tile.spans:
-            one = span.mask(self.device)
-            seen = (seen[:, None, :, None] & one[None, :, None, :]).flatten(2).flatten(0, 1)
-        hidden = F.pad(~seen, (self.extra, 0))
-        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return zeros.masked_fill_(hidden, float("-inf"))
+
+def _mask(tile: Tile, extra: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if all(span.full for span in tile.spans):
+        return None
+    seen = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for span in tile.spans:
+        one = span.mask(device)
+        seen = (seen[:, None, :, None] & one[None, :, None, :]).flatten(2).flatten(0, 1)
+    hidden = F.pad(~seen, (extra, 0))
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+
+
+_remembered_masks = functools.lru_cache(maxsize=16)(masks)
 
 
 @dataclass(frozen=True)
@@ -218,12 +229,17 @@ class Inputs:
         share = self.q.shape[-2] // x.shape[-2]
         return (box if share == 1 else box.repeat_interleave(share, 2)).transpose(1, 2)
 
-    def steps(self, axes: tuple[Axis, ...], dtype: torch.dtype) -> Iterator[tuple[Tile, Any]]:
+    def steps(
+        self, axes: tuple[Axis, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[Tile, Tensor | None]]:
         """Every tile with its mask."""
         cut = sizes(axes, self.q.shape[-2], self.q.shape[-1], self.extra)
-        masks = Masks(self.extra, dtype, self.q.device)
+        # tensors of a tracer or of another mode must not outlive their call
+        plain = type(self.q) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+        make = _remembered_masks if plain else masks
+        made = make(axes, cut, self.extra, dtype, self.q.device)
         for tile in tiles(axes, cut):
-            yield tile, masks.of(tile)
+            yield tile, made[tile.kind]
 
 
 def forward(
