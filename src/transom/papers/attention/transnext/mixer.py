@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,17 @@ class Cosine(PositionBias):
     Args:
         dim: width C.
         heads: number of them.
+
+    Attributes:
+        weigh: from this module and its input (B, N, C) to a weight (B, N, H) of each head's
+            output; None leaves them as they are.
     """
+
+    proj: nn.Linear
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        self.weigh: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.num_heads = heads
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), _TEMPERATURE))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
@@ -41,6 +49,13 @@ class Cosine(PositionBias):
         """Unit queries (B, N, H, d) with embedding, times temperature and `length` (N, 1, 1)."""
         sharpness = F.softplus(self.temperature)[:, 0]  # (H, 1)
         return (q + self.query_embedding[:, 0]) * sharpness * length
+
+    def join(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Outputs of the heads (B, N, H, d) for the input x, back to the stream (B, N, C)."""
+        if self.weigh is not None:
+            heads = heads * self.weigh(self, x)[..., None]
+        y: Tensor = self.proj(heads.flatten(2))
+        return y
 
 
 class AggregatedAttention(Cosine):
@@ -119,7 +134,7 @@ class AggregatedAttention(Cosine):
         local = (own + weight[..., :places]).transpose(1, 2).unflatten(1, grid)
         y = unfused.window_sum(local, v.unflatten(1, grid), self.window).flatten(1, 2)
         y = y + (weight[..., places:] @ far_v).transpose(1, 2)
-        return self.proj(y.flatten(2))
+        return self.join(y, x)
 
 
 class GlobalAttention(Cosine):
@@ -144,7 +159,7 @@ class GlobalAttention(Cosine):
         bias = self.bias(tables.coords, tables.pair, x.shape[1])[None]
         query, key, v = (t.transpose(1, 2) for t in (query, key, v))
         y = attention.attend(query, key, v, bias.to(query.dtype), scale=1.0)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.join(y.transpose(1, 2), x)
 
 
 class DWConv(nn.Module):
