@@ -158,6 +158,27 @@ class Twice(nn.Module):
         return self.a(self.norm(x)) * self.b(self.norm(x.flip(0)))
 
 
+class Attending(nn.Module):
+    """A norm in front of packed attention."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.attention = nn.MultiheadAttention(6, 2, bias=bias, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.attention(h, h, h)[0]
+
+
+class Crossing(Attending):
+    """The queries come from elsewhere, so the packed weight serves two inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.attention(x, h, h)[0]
+
+
 def images8() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
@@ -214,6 +235,9 @@ CASES: dict[str, tuple[nn.Module, Any, int]] = {
     "a map of two norms": (Shared(), rows, 2),
     "a map whose weight is looked up": (Tied(), lambda: torch.arange(5), 1),
     "a norm that is read beside": (Leaking(), rows, 1),
+    "packed attention": (Attending(bias=True), rows, 0),
+    "packed attention without a bias": (Attending(bias=False), rows, 0),
+    "packed attention of two inputs": (Crossing(bias=True), rows, 1),
     "two in a row": (
         nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.Linear(6, 2)),
         rows,

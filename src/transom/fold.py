@@ -243,6 +243,8 @@ class _Trace(TorchFunctionMode):
         if func is F.linear or func in _CONVS:
             self._through(func, args, kwargs, out)
             return out
+        if func is F.multi_head_attention_forward and self._packed(args, operands):
+            return out
         for value in operands:
             if id(value) in self.maps:
                 self.maps[id(value)].spoilt = True
@@ -253,6 +255,22 @@ class _Trace(TorchFunctionMode):
             for flow in flows:
                 flow.leaks = True
         return out
+
+    def _packed(self, args: Any, operands: list[Any]) -> bool:
+        """A call of packed attention on one input, as `nn.MultiheadAttention` makes it."""
+        flow = self._flow(args[0])
+        packed = (self.maps.get(id(value)) for value in operands)
+        found = next((m for m in packed if m is not None and m.weight == "in_proj_weight"), None)
+        if flow is None or found is None or not args[0] is args[1] is args[2]:
+            return False
+        bias = getattr(found.owner, found.bias)
+        found.spoilt |= bias is not None and not any(value is bias for value in operands)
+        found.calls += 1
+        flow.readers.append(found)
+        for value in operands:  # the output projection is used in a way that is not followed
+            if id(value) in self.maps and self.maps[id(value)] is not found:
+                self.maps[id(value)].spoilt = True
+        return True
 
     def _through(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         """A call of a linear map or a convolution."""

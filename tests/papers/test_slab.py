@@ -271,6 +271,16 @@ def test_padding_of_a_host_is_not_looked_at() -> None:
     assert not torch.allclose(mixer(h, Ask(record=record))[:, :3], a[:, :3])
 
 
+def test_a_training_too_short_for_the_schedule_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = transom.apply(HOSTS["timm-class"](), "slab", total_step=50, warm=10, every=2)
+    method = transom.fittings(model)[0].method
+    caplog.clear()
+    method.training().at_step(model, 0, 120)
+    assert not caplog.records
+    method.training().at_step(model, 0, 100)
+    assert "total_step of 40" in caplog.text
+
+
 def test_hosts_without_norms_in_front_are_told_what_fits() -> None:
     with pytest.raises(FitError, match="norm=False"):
         transom.apply(HOSTS["timm-post-norm"](), "slab")

@@ -27,6 +27,14 @@ def _pair(window: int | list[int]) -> int | tuple[int, int]:
     return window if isinstance(window, int) else (window[0], window[1])
 
 
+def _mask(golden: Golden, t: int) -> Tensor | None:
+    """Padding of step t, if the case has some."""
+    if not golden.config.get("pad_mask"):
+        return None
+    names = [f"{stem}{end}" for stem in ("pad_mask", "mask", "pad") for end in (t, "")]
+    return next(golden.inputs[name] for name in names if name in golden.inputs).bool()
+
+
 def norm(golden: Golden) -> dict[str, Tensor]:
     return {"y": _layer(golden)(golden.inputs["x"])}
 
@@ -35,7 +43,7 @@ def training(golden: Golden) -> dict[str, Tensor]:
     layer, inputs, out = _layer(golden), golden.inputs, {}
     grads, own = golden.tensors("grad"), golden.tensors("gradparam")
     for t in range(golden.config["steps"]):
-        x, mask = inputs[f"x{t}"], inputs.get(f"mask{t}", inputs.get(f"pad_mask{t}"))
+        x, mask = inputs[f"x{t}"], _mask(golden, t)
         layer.zero_grad()
         y = out[f"y{t}"] = layer(x, mask)
         (y * inputs[f"cot{t}"].detach()).sum().backward()

@@ -30,19 +30,23 @@ a small DeiT. The released checkpoints were not available; no accuracy was repro
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.errors import FitError, SettingsError
 from transom.hosts.base import Host
 from transom.papers.attention.slab import models
 from transom.papers.attention.slab.mixer import HostLinearAttention
 from transom.papers.attention.slab.norm import PRepBN, RepBN, check_schedule
-from transom.registry import Backbone, Method
+from transom.registry import Backbone, Method, Training
 from transom.slots import BlockView, Fill
+
+_log = logging.getLogger(__name__)
 
 BACKBONES = tuple(Backbone(name) for name in models.default_cfgs)
 
@@ -135,9 +139,33 @@ class SLAB(Method):
             every=self.every,
         )
 
+    def training(self, **options: Any) -> Training:
+        super().training(**options)
+        return _Schedule(self)
+
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"linear": False}, {"norm": False}, {}]
+
+
+class _Schedule(Training):
+    """The counters are the norm's own; here is only told when they will not get to the end."""
+
+    def __init__(self, method: SLAB) -> None:
+        self.method = method
+
+    def at_step(self, model: nn.Module, step: int, total: int) -> Mapping[str, Any]:
+        method = self.method
+        needed = (method.warm + method.total_step) * method.every
+        if step == 0 and method.norm and needed > total:
+            _log.warning(
+                "this training of %d steps ends before the norms have become RepBN, which takes "
+                "%d; give slab a total_step of %d or less, evaluation uses RepBN alone",
+                total,
+                needed,
+                max(1, total // method.every - method.warm),
+            )
+        return {}
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
