@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 WIDTH, PATCH, DEPTH = 32, 8, 3
@@ -170,6 +171,9 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "hf-siglip-vision": partial(hf, *SIGLIP_VISION),
     "hf-siglip": hf_siglip,
 }
+
+if "gated" not in inspect.signature(Attention).parameters:
+    del HOSTS["timm-gated"]  # the oldest supported timm has no such attention
 
 SIZES = {"timm-map": (48, 48), "timm-wide": (32, 48)}
 """Sizes of the images of hosts that do not take 32 x 32."""
