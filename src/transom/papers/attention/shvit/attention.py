@@ -85,49 +85,55 @@ class SHSA(nn.Module):
         self.qkv = ConvBN(partial_dim, 2 * qk_dim + partial_dim)
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(dim, dim, scale=0.0))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-        """Mix positions.
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the positions of maps (B, C, h, w)."""
+        attended, rest = x.split((self.partial_dim, x.shape[1] - self.partial_dim), 1)
+        qkv = self.qkv(self.pre_norm(attended)).flatten(2)
+        # split first: torch misreads some strides of the gradient of a batch norm
+        parts = qkv.split((self.qk_dim, self.qk_dim, self.partial_dim), 1)
+        q, k, v = (part.mT[:, None] for part in parts)
+        y = attention.attend(q, k, v, scale=self.qk_dim**-0.5)  # (B, 1, h w, p)
+        out: Tensor = self.proj(torch.cat([y[:, 0].mT.unflatten(2, x.shape[2:]), rest], 1))
+        return out
+
+    def tokens(self, h: Tensor, bias: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Mix tokens (B, N, C), which is the same as mixing positions.
 
         Args:
-            x: (B, C, h, w).
-            bias: (B, 1, 1, h w), added to the logits of each key; None for none.
-            valid: (B, h w) bool, False for padding, which takes no part in any statistics; None
+            h: the tokens.
+            bias: (B, 1, 1, N), added to the logits of each key; None for none.
+            valid: (B, N) bool, False for padding, which takes no part in any statistics; None
                 when there is none. Padded keys have to be excluded by the bias.
 
         Returns:
-            (B, C, h, w).
+            (B, N, C).
         """
-        attended, rest = x.split((self.partial_dim, x.shape[1] - self.partial_dim), 1)
-        qkv = _pointwise(self.qkv, self._normed(attended, valid), valid)
-        # split first: torch misreads strides of the gradient of a batch norm for a batch of one
-        parts = qkv.flatten(2).split((self.qk_dim, self.qk_dim, self.partial_dim), 1)
-        q, k, v = (part.mT[:, None] for part in parts)
-        y = attention.attend(q, k, v, bias, scale=self.qk_dim**-0.5)  # (B, 1, h w, p)
-        y = y[:, 0].mT.unflatten(2, x.shape[2:])
-        return _pointwise(self.proj, torch.cat([y, rest], 1), valid)
+        attended, rest = h.split((self.partial_dim, h.shape[2] - self.partial_dim), -1)
+        qkv = _rows(self.qkv, self._normed(attended, valid), valid)[:, None]
+        q, k, v = qkv.split((self.qk_dim, self.qk_dim, self.partial_dim), -1)
+        y = attention.attend(q, k, v, bias, scale=self.qk_dim**-0.5)  # (B, 1, N, p)
+        return _rows(self.proj, torch.cat([y[:, 0], rest], -1), valid)
 
     def _normed(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Group norm with one group: statistics over all channels and (valid) positions."""
+        """Group norm of tokens with one group: statistics over all channels and valid tokens."""
         if valid is None:
-            y: Tensor = self.pre_norm(x)
+            y: Tensor = self.pre_norm(x.mT).mT
             return y
-        norm, values = self.pre_norm, x.flatten(2).float()
-        counts = valid[:, None].to(values.dtype)  # (B, 1, N)
-        total = counts.sum(2, keepdim=True) * x.shape[1]
-        mean = (values * counts).sum((1, 2), keepdim=True) / total
-        values = values - mean
+        norm, counts = self.pre_norm, valid[..., None].float()
+        total = counts.sum((1, 2), keepdim=True) * x.shape[2]
+        values = x.float()
+        values = values - (values * counts).sum((1, 2), keepdim=True) / total
         var = (values.square() * counts).sum((1, 2), keepdim=True) / total
-        values = values * (var + norm.eps).rsqrt()
-        values = values * norm.weight[:, None] + norm.bias[:, None]
-        return values.to(x.dtype).view_as(x)
+        return (values * (var + norm.eps).rsqrt() * norm.weight + norm.bias).to(x.dtype)
 
 
-def _pointwise(layer: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
-    """A layer without neighbours on x (B, C, h, w), so that padding enters no batch statistics."""
+def _rows(layer: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+    """A layer without neighbours on tokens x (B, N, C); padding enters no batch statistics.
+
+    Each token is a map of one position: no other strides than these can be misread.
+    """
     if valid is None or not layer.training:
-        y: Tensor = layer(x)
-        return y
-    rows = x.flatten(2).mT  # (B, N, C)
-    made = layer(rows[valid][:, :, None, None])[:, :, 0, 0]
-    out = made.new_zeros(*rows.shape[:2], made.shape[1]).index_put((valid,), made)
-    return out.mT.unflatten(2, x.shape[2:])
+        y: Tensor = layer(x.flatten(0, 1)[:, :, None, None])
+        return y[:, :, 0, 0].unflatten(0, x.shape[:2])
+    made = layer(x[valid][:, :, None, None])[:, :, 0, 0]
+    return made.new_zeros(*x.shape[:2], made.shape[1]).index_put((valid,), made)

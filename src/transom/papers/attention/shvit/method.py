@@ -15,7 +15,7 @@ from transom.slots import Ask, Fill
 
 
 class Mixer(nn.Module):
-    """SHSA over a sequence of tokens, which is a map of one column."""
+    """SHSA over a sequence of tokens."""
 
     def __init__(self, shsa: SHSA) -> None:
         super().__init__()
@@ -23,9 +23,7 @@ class Mixer(nn.Module):
 
     def forward(self, h: Tensor, ask: Ask) -> Tensor:
         """Mixed tokens (B, N, D) of normed ones."""
-        valid = None if ask.record is None else ask.record.valid
-        y: Tensor = self.shsa(h.mT.unsqueeze(-1), ask.bias, valid)
-        return y.squeeze(-1).mT
+        return self.shsa.tokens(h, ask.bias, None if ask.record is None else ask.record.valid)
 
 
 @dataclass(frozen=True)
