@@ -42,6 +42,7 @@ class Record:
             its destination stood); None when the host's positions need not follow.
         visual: (B, N) bool, which tokens stand for pieces of images in a sequence with text; None
             when unknown.
+        words: (B, N) int64, ids of the words the tokens were made from; None when unknown.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Record:
     valid: Tensor | None = None
     home: Tensor | None = None
     visual: Tensor | None = None
+    words: Tensor | None = None
 
     def sources(self, count: int) -> Tensor:
         """0/1 membership (B, count, N0): which original tokens each current one stands for.
@@ -115,12 +117,14 @@ class Tokens:
         A token beyond those kept takes the place of `lead` (B, 1).
         """
         index, valid, home = self.record.index, self.record.valid, self.record.home
-        visual = self.record.visual
+        visual, words = self.record.visual, self.record.words
         stays = matching.keep if lead is None else torch.cat([matching.keep, lead], 1)
         if home is not None:
             home = home.gather(1, stays)
         if visual is not None:
             visual = visual.gather(1, stays)
+        if words is not None:
+            words = words.gather(1, stays)
         if index is not None:
             target = matching.target(self.count)
             index = torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
@@ -131,7 +135,9 @@ class Tokens:
             fresh = stays.new_zeros(stays.shape[0], x.shape[1] - stays.shape[1])
             total = torch.cat([stays, fresh], 1).scatter_add(1, matching.into, joins)
             valid = total > 0
-        record = replace(self.record, size=size, index=index, valid=valid, home=home, visual=visual)
+        record = replace(
+            self.record, size=size, index=index, valid=valid, home=home, visual=visual, words=words
+        )
         return Tokens(x, record)
 
     def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:

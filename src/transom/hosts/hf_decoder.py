@@ -37,7 +37,9 @@ ROOT = ("embed_tokens", "layers", "norm", "rotary_emb")
 # Settings that name the tokens in whose place images and videos are put.
 PICTURES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
-_VISUAL = "transom_visual"
+# Arguments by which a caller, or the model around the decoder, tells about the prompt: (B, N) bool
+# and (B, N) int64, see :class:`transom.tokens.Record`.
+_VISUAL, _WORDS = "transom_visual", "transom_words"
 _KEY = "_transom"
 
 
@@ -108,11 +110,10 @@ class DecoderBlock(HfBlock):
             ask.keep = False
             ask.visual = self._continued(ask, given)
             return record
-        if record.visual is None and visual is not None:
-            if visual.shape[1] != record.layout.count:
-                visual = None  # part of a sequence, such as a piece of a longer prompt
-            else:
-                record = replace(record, visual=visual)
+        words = given.get(_WORDS)
+        # another number of them would mean a piece of a longer prompt
+        if record.visual is None and visual is not None and visual.shape[1] == record.layout.count:
+            record = replace(record, visual=visual, words=words)
         ask.visual = record.visual
         assert ask.memory is not None
         ask.memory["visual"] = record.visual
@@ -133,7 +134,8 @@ class DecoderBlock(HfBlock):
 
     def attend(self, h: Tensor, ask: Ask, *args: Any, **kwargs: Any) -> Tensor:
         given = self.given(args, kwargs)
-        given.pop(_VISUAL, None)
+        for told in (_VISUAL, _WORDS):
+            given.pop(told, None)
         if given.get("output_attentions") and ask.operator is not None:
             raise TokensError(
                 "a fitted operator replaces the attention, so output_attentions=True cannot be "
@@ -240,7 +242,7 @@ class SeeingForward:
         words = args[0] if args else kwargs.get("input_ids")
         if words is not None and words.shape[1] > 1:
             visual = torch.isin(words, words.new_tensor(self.pictures))
-            kwargs = {**kwargs, _VISUAL: visual}
+            kwargs = {**kwargs, _VISUAL: visual, _WORDS: words}
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
