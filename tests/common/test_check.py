@@ -70,8 +70,8 @@ def test_hooks_are_back_after_a_refusal(passes: int, monkeypatch: pytest.MonkeyP
 
     find = hosts.find
 
-    def found(model: nn.Module) -> Any:
-        host = find(model)
+    def found(*args: Any) -> Any:
+        host = find(*args)
         host.example = lambda: stumble(host)
         return host
 
