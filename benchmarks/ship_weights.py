@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,14 @@ def main() -> None:
     model = models.create(f"transom/{given.name}")
     splits = load_splits(recipe.data, preprocessing_of(model), classes_of(model) or 0)
     score = evaluate(model, splits.test)
+    few = replace(recipe.data, test_limit=1000, train_limit=1)
+    part = evaluate(model, load_splits(few, preprocessing_of(model), classes_of(model) or 0).test)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ASSETS
     ).stdout.strip()
     facts |= {
         "accuracy": score.accuracy,
+        "accuracy_of_1000": part.accuracy,
         "test_images": score.count,
         "train_images": result["train_images"],
         "parameters": result["parameters"],
@@ -87,9 +91,8 @@ def card(name: str, facts: dict[str, Any], score: Score) -> str:
     head = " | ".join(str(i) for i in range(len(facts["confusion"])))
     return f"""# transom/{name}
 
-A small model for tests and comparisons of methods, trained on a small budget ({machine["device"]},
-{machine["threads"]} thread(s), {facts["seconds"]:.0f} s for {recipe["epochs"]} epochs). It is not
-what its architecture can reach, and is not meant to be used for anything else.
+A small model for tests and comparisons of methods. Trained on a small budget, it is not what its
+architecture can reach; do not use it for anything else.
 
 | | |
 | --- | --- |
@@ -98,6 +101,8 @@ what its architecture can reach, and is not meant to be used for anything else.
 | trained on | {Path(recipe["data"]["train"]).name}, {facts["train_images"]:,} images |
 | judged on | {Path(test).name}, {score.count:,} images |
 | accuracy | {score.accuracy:.2f} % (loss {score.loss:.4f}) |
+| budget | {recipe["epochs"]} epochs on {machine["device"]}, {machine["threads"]} thread(s): \
+{facts["seconds"]:.0f} s beside other work |
 | seed | {recipe["seed"]} |
 | commit | {facts["commit"]} |
 | machine | {machine["processor"]}, torch {machine["torch"]}, timm {machine["timm"]} |

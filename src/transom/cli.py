@@ -84,8 +84,8 @@ def compare(
     model: Annotated[
         str,
         typer.Option(
-            help="A timm model (vit_small_patch16_224, hf-hub:...) or the name or folder of a "
-            "Hugging Face vision model."
+            help="A timm model (vit_small_patch16_224, hf-hub:...), one that ships with transom "
+            "(transom/digits-vit), or the name or folder of a Hugging Face vision model."
         ),
     ],
     data: Annotated[

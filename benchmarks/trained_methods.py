@@ -1,0 +1,242 @@
+"""What token methods lose off the shelf, and what the same fine-tuning gives back.
+
+    python benchmarks/trained_methods.py --recipe recipes/cifar10_evit.yaml --seeds 3
+    python benchmarks/trained_methods.py --recipe recipes/digits_evit.yaml --seeds 3
+
+Every method takes as many tokens out of each block as EViT at the keep rate, so that all cost
+about the same; those that cannot be told how many, and those that take none out, follow with their
+default settings and no keep rate. The recipe fixes model, data and
+budget. With the methods: the plain model after the same fine-tuning, random pruning, and a smaller
+plain model of at most EViT's FLOPs, trained from scratch with the base model's own recipe and the
+fine-tuning's number of epochs on top. Writes docs/results/trained_methods.csv; each row is there as
+soon as it is known, and rows of other models stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import transom
+from transom import registry
+from transom.measure.cost import gflops, interleaved
+from transom.measure.environment import describe
+from transom.measure.preprocessing import classes_of, preprocessing_of
+from transom.measure.subjects import shared_copy
+from transom.train import Recipe, build_model, evaluate, parse_recipe, read_recipe, train
+from transom.train.data import load_splits
+from transom.train.recipe import MethodPart
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "results" / "trained_methods.csv"
+ASSETS = ROOT / "src" / "transom" / "assets"
+COLUMNS = (
+    *("model", "method", "settings", "keep_rate", "seed", "gflops", "speedup"),
+    *("off_the_shelf", "fine_tuned", "test_images", "epochs", "train_images", "date", "machine"),
+)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cifar10_evit.yaml")
+    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--layers", type=int, nargs="+", help="blocks that EViT reduces in")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", help="slugs; all that fit by default")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("changes", nargs="*", help="of the recipe, KEY=VALUE")
+    given = parser.parse_args()
+
+    recipe = read_recipe(given.recipe, given.changes)
+    host = build_model(recipe.model)
+    splits = load_splits(recipe.data, preprocessing_of(host), classes_of(host) or 0)
+    batch = splits.test.sample(64)
+    common = {
+        "model": recipe.model.name,
+        "test_images": len(splits.test),
+        "train_images": len(splits.train.pictures),
+        "epochs": recipe.epochs,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{describe()['processor']}, {torch.get_num_threads()} thread(s)",
+    }
+    done = [row for row in read(given.out) if row["model"] != recipe.model.name]
+
+    def add(**values: Any) -> None:
+        done.append({**common, **values})
+        write(given.out, done)
+        print({**values}, flush=True)
+
+    plain = score(host, splits)
+    for seed in range(given.seeds):
+        tuned = tune(replace(recipe, method=None), seed)
+        add(method="plain", seed=seed, gflops=cost(host, batch), speedup=1.0,
+            off_the_shelf=plain, fine_tuned=tuned)  # fmt: skip
+    for rate in [*given.keep_rates, None]:
+        chosen = others(host) if rate is None else methods(host, *taken(host, rate, given.layers))
+        for slug, settings in chosen:
+            if given.methods and slug not in given.methods:
+                continue
+            fitted = shared_copy(host)
+            transom.apply(fitted, slug, check=False, **settings)
+            values = {
+                "method": slug,
+                "settings": json.dumps(settings),
+                "keep_rate": rate,
+                "gflops": cost(fitted, batch),
+                "speedup": speedup(host, fitted, batch, given.rounds),
+                "off_the_shelf": score(fitted, splits),
+            }
+            part = MethodPart(slug, settings)
+            for seed in range(given.seeds):
+                changed = part
+                if slug == "random":  # another seed is another subset
+                    changed = replace(part, settings={**settings, "seed": seed})
+                tuned = tune(replace(recipe, method=changed), seed)
+                add(**values, seed=seed, fine_tuned=tuned)
+        if rate is not None:
+            fitted = shared_copy(host)
+            layers = given.layers and tuple(given.layers)
+            transom.apply(fitted, "evit", check=False, keep_rate=rate, layers=layers)
+            smaller(recipe, rate, cost(fitted, batch), host, batch, given, add)
+
+
+def smaller(
+    recipe: Recipe,
+    rate: float,
+    limit: float,
+    host: nn.Module,
+    batch: torch.Tensor,
+    given: argparse.Namespace,
+    add: Any,
+) -> None:
+    """Rows of a plain model, narrower than the host, of at most so many GFLOPs."""
+    name = recipe.model.name.removeprefix("transom/")
+    path = ASSETS / f"{name}.json"
+    if not path.is_file():
+        print(f"no smaller plain model: {recipe.model.name} does not ship with its recipe")
+        return
+    base = parse_recipe(json.loads(path.read_text())["recipe"])
+    heads = base.model.args["num_heads"]
+    for width in range(base.model.args["embed_dim"] - heads, 0, -heads):
+        part = replace(base.model, args={**base.model.args, "embed_dim": width})
+        small = build_model(part)
+        if cost(small, batch) <= limit:
+            break
+    for seed in range(given.seeds):
+        longer = replace(base, model=part, seed=seed, epochs=base.epochs + recipe.epochs)
+        with tempfile.TemporaryDirectory() as folder:
+            accuracy = train(longer, folder).score.accuracy
+        add(
+            method="smaller plain",
+            settings=json.dumps({"embed_dim": width}),
+            keep_rate=rate,
+            seed=seed,
+            gflops=cost(small, batch),
+            speedup=speedup(host, small, batch, given.rounds),
+            fine_tuned=round(accuracy, 3),
+            epochs=longer.epochs,
+        )
+
+
+def taken(model: nn.Module, rate: float, layers: list[int] | None) -> tuple[list[int], int]:
+    """Tokens that EViT takes out of each block at a keep rate, and the patches there are."""
+    from transom.hosts import find
+
+    host = find(model)
+    assert host.grid is not None
+    patches = left = host.grid[0] * host.grid[1]
+    removed = []
+    for block in range(host.depth):
+        reduces = block in (layers or {host.depth * part // 4 for part in (1, 2, 3)})
+        kept = math.ceil(rate * left) if reduces else left
+        removed.append(left - kept)
+        left = kept
+    return removed, patches
+
+
+def methods(model: nn.Module, removed: list[int], patches: int) -> list[tuple[str, dict[str, Any]]]:
+    """Slugs with settings that take so many tokens out of each block."""
+    counts, left = [], patches + 1
+    for count in removed:
+        left -= count
+        counts.append(left)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for slug, cls in registry.methods().items():
+        settings = {"counts": tuple(counts)} if slug == "random" else cls.removing(removed, patches)
+        if slug not in ("none", "slice") and settings is not None and fits(model, slug, settings):
+            found.append((slug, settings))
+    return found
+
+
+def others(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """Slugs of the methods that cannot be told how many tokens to take out."""
+    found = registry.methods().items()
+    slugs = [s for s, cls in found if cls.removing([1], 4) is None and s not in ("none", "random")]
+    return [(slug, {}) for slug in slugs if fits(model, slug, {})]
+
+
+def fits(model: nn.Module, slug: str, settings: dict[str, Any]) -> bool:
+    """Whether a method can be fitted; says why not."""
+    try:
+        transom.apply(shared_copy(model), slug, check=False, **settings)
+    except transom.errors.TransomError as error:
+        print(f"{slug} is left out: {error}", flush=True)
+        return False
+    return True
+
+
+def tune(recipe: Recipe, seed: int) -> float:
+    """Accuracy after the recipe, in percent."""
+    with tempfile.TemporaryDirectory() as folder:
+        return round(train(replace(recipe, seed=seed), folder).score.accuracy, 3)
+
+
+def score(model: nn.Module, splits: Any) -> float:
+    """Accuracy on the test split, in percent."""
+    return round(evaluate(model, splits.test).accuracy, 3)
+
+
+def cost(model: nn.Module, batch: torch.Tensor) -> float:
+    """GFLOPs of an image."""
+    return float(f"{gflops(lambda: model.eval()(batch)) / len(batch):.5g}")
+
+
+def speedup(host: nn.Module, fitted: nn.Module, batch: torch.Tensor, rounds: int) -> float:
+    """Times as fast as the host, both timed side by side on batches of 64."""
+    with torch.inference_mode():
+        runs = {"host": lambda: host.eval()(batch), "fitted": lambda: fitted.eval()(batch)}
+        times = interleaved(runs, rounds=rounds, warmup=3)
+    return round(times["host"].median_ms / times["fitted"].median_ms, 3)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
