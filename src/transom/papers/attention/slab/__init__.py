@@ -23,7 +23,14 @@ licence; this package is our own).
 On a host, PRepBN takes the norms of the blocks and SLA their attention. The host's prefix tokens
 (class token, registers) take part in the linear attention and pass the convolution by; a token
 that stands for several counts as often, and padding not at all. That is ours, as the paper has maps
-only. Checked: golden cases of SLA, PRepBN (training step, warm-up, evaluation), a folded block and
+only.
+
+The networks are DeiT, Swin, PVT and CSWin with PRepBN alone (`*_prepbn`) or with both (`slab_*`),
+by the names of the official configs and with the official names of parameters. The official
+repository states neither parameters nor multiply-adds, so none are stated here. Where its fold of
+the patch embedding forgets α times the bias of the convolution, ours does not.
+
+Checked: golden cases of SLA, PRepBN (training step, warm-up, evaluation), a folded block and
 a small DeiT. The released checkpoints were not available; no accuracy was reproduced.
 """
 

@@ -1,4 +1,9 @@
-"""Swin transformer with PRepBN, and with linear attention in its first stages (SLAB-Swin)."""
+"""Swin transformer with PRepBN, and with linear attention in its first stages (SLAB-Swin).
+
+Linear stages see their whole map; softmax stages look through windows of 7 x 7 (at 224 pixels),
+every second block shifted, as the official code builds them for the published configs: the third
+stage does not see its 14 x 14 map at once.
+"""
 
 from __future__ import annotations
 
