@@ -52,6 +52,7 @@ class Ask:
         visual: (B, keys) bool, which keys stand for pieces of images; None when unknown.
         renumbers: whether moved tokens get the positions they now have instead of their old ones.
         watch: who wants to see, or to change, what is inside this attention.
+        stream: (B, N, D) tokens as they enter the block, before its first norm.
     """
 
     bias: Tensor | None = None
@@ -70,6 +71,7 @@ class Ask:
     visual: Tensor | None = None
     renumbers: bool = False
     watch: BlockWatch | None = None
+    stream: Tensor | None = None
 
     def attend(
         self,
@@ -556,6 +558,7 @@ class BlockFlow:
             home=record.home if count is not None else None,
             renumbers=fill.renumbers,
             watch=watch if watch is not None and watch.inside else None,
+            stream=x if fill.attention is not None else None,
         )
         record = ask.record = view.prepare(ask, record, *args, **kwargs)
         step, after = (None, None) if ask.decoding else (fill.tokens, fill.after)
