@@ -111,10 +111,12 @@ def per_axis(name: str, value: T | Sequence[T], rank: int) -> tuple[T, ...]:
 
 def mask(axis: Axis, device: torch.device | None = None) -> Tensor:
     """(L, L) bool: does the query of a row see the key of a column?"""
+    key = torch.arange(axis.length, device=device)
     rows = []
     for x in range(axis.length):
         remainder = x % axis.dilation
         start, stop = axis.window(x // axis.dilation, axis.group(remainder))
-        seen = range(remainder + start * axis.dilation, axis.length, axis.dilation)[: stop - start]
-        rows.append([y in seen for y in range(axis.length)])
-    return torch.tensor(rows, device=device)
+        place = (key - remainder) // axis.dilation
+        inside = (place >= start) & (place < stop)
+        rows.append(inside & (key % axis.dilation == remainder))
+    return torch.stack(rows)

@@ -53,8 +53,7 @@ class Span:
     def mask(self, device: torch.device) -> Tensor:
         """(queries, keys) bool."""
         key = torch.arange(self.box, device=device)
-        bounds = torch.tensor(self.seen, device=device)
-        return (key >= bounds[:, :1]) & (key < bounds[:, 1:])
+        return torch.stack([(key >= start) & (key < stop) for start, stop in self.seen])
 
 
 def spans(axis: Axis, size: int) -> tuple[Span, ...]:
@@ -176,9 +175,8 @@ def masks(
     device: torch.device,
 ) -> Masks:
     """The additive mask (Q, E + R) of each kind of tile; None where everything is seen."""
-    with torch.inference_mode(False), torch.no_grad():  # they outlive the call
-        kinds = {tile.kind: tile for tile in tiles(axes, cut)}
-        return {kind: _mask(tile, extra, dtype, device) for kind, tile in kinds.items()}
+    kinds = {tile.kind: tile for tile in tiles(axes, cut)}
+    return {kind: _mask(tile, extra, dtype, device) for kind, tile in kinds.items()}
 
 
 def _mask(tile: Tile, extra: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -192,7 +190,16 @@ def _mask(tile: Tile, extra: int, dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
 
-_remembered_masks = functools.lru_cache(maxsize=16)(masks)
+@functools.lru_cache(maxsize=16)
+def _remembered_masks(
+    axes: tuple[Axis, ...],
+    cut: tuple[int, ...],
+    extra: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Masks:
+    with torch.inference_mode(False):  # they outlive the call
+        return masks(axes, cut, extra, dtype, device)
 
 
 @dataclass(frozen=True)

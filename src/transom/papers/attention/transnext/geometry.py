@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -21,7 +20,7 @@ class Geometry(NamedTuple):
     """Tables of a grid of queries over a grid of pooled keys.
 
     Attributes:
-        coords: (M, 2) float32, the distinct relative coordinates on the logarithmic scale.
+        coords: (M, 2) float32, distinct relative coordinates on the logarithmic scale.
         pair: (N·P,) int64, which of them belongs to a query and a pooled key.
         inside: (h, w, L) bool, which places of the local window lie on the grid; None where
             there is no window.
@@ -34,20 +33,21 @@ class Geometry(NamedTuple):
     pooled: Grid
 
 
-@functools.lru_cache(maxsize=128)
-def _axis(length: int, pooled: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Distinct values of twice (query - key) in rising order, and which one each pair has.
+def _axis(length: int, pooled: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Relative coordinates of one axis in rising order, and which one each pair has (L, P).
 
     A pooled key stands at the mean of the positions that adaptive average pooling puts into it,
-    which is a multiple of one half.
+    which is a multiple of one half: twice the coordinates are integers.
     """
-    keys = [
-        j * length // pooled + -(-(j + 1) * length // pooled) - 1 for j in range(pooled)
-    ]  # first + last
-    pairs = [2 * query - key for query in range(length) for key in keys]
-    values = sorted(set(pairs))
-    place = {value: i for i, value in enumerate(values)}
-    return tuple(values), tuple(place[pair] for pair in pairs)
+    keys = [j * length // pooled + -(-(j + 1) * length // pooled) - 1 for j in range(pooled)]
+    low, high = -keys[-1], 2 * (length - 1) - keys[0]
+    # keys of equal distance leave out every other integer
+    step = 1 + all((key - keys[0]) % 2 == 0 for key in keys)
+    values = torch.arange(low, high + 1, step, device=device)
+    key = torch.arange(pooled, device=device)
+    ends = key * length // pooled - (-(key + 1) * length).div(pooled, rounding_mode="floor") - 1
+    query = 2 * torch.arange(length, device=device)[:, None]
+    return values, (query - ends - low) // step
 
 
 def geometry(
@@ -77,11 +77,10 @@ def geometry(
         )
     lines, places = [], []
     for length, count, trained in zip(grid, pooled, pretrained, strict=True):
-        axis = _axis if not torch.compiler.is_compiling() else _axis.__wrapped__
-        values, index = axis(length, count)
-        scaled = torch.tensor(values, device=device) / 2 * (8 / max(trained - 1, 1))
+        values, place = _axis(length, count, device)
+        scaled = values / 2 * (8 / max(trained - 1, 1))
         lines.append(scaled.sign() * (scaled.abs() + 1).log2() / math.log2(8))
-        places.append(torch.tensor(index, device=device).view(length, count))
+        places.append(place)
     coords = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, 1)
     rows, columns = places
     pairs = rows[:, None, :, None] * len(lines[1]) + columns[None, :, None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -74,8 +75,7 @@ class Aggregate(nn.Module):
         a = self.attention
         q = F.normalize(a.heads(a.q(query)), dim=-1)
         k, v = a.pairs(h)
-        length = h.new_tensor(float(h.shape[1])).log()
-        q, k, v = (t.transpose(1, 2) for t in (a.scaled(q, length), k, v))
+        q, k, v = (t.transpose(1, 2) for t in (a.scaled(q, math.log(h.shape[1])), k, v))
         y: Tensor = a.proj(attention.attend(q, k, v, scale=1.0).transpose(1, 2).flatten(2))
         return y
 
