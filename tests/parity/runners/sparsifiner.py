@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transom.papers.attention.sparsifiner.loss import Weights, losses
 from transom.papers.attention.sparsifiner.model import Attended, SparseAttention, Sparsifiner
-from transom.papers.attention.sparsifiner.predictor import Budget, MaskPredictor, Path
+from transom.papers.attention.sparsifiner.predictor import Budget, MaskPredictor
 
 from ..golden import Golden
 
@@ -56,7 +56,7 @@ def attention(golden: Golden) -> dict[str, Tensor]:
     sparse, full = found.maps
     out = {"x": found.x, "approx_attn": found.found.approx, "basis_coef": found.found.coefficients}
     out |= {"attn_mask": mask_of(found).to(x.dtype), "masked_attn": sparse, "unmasked_attn": full}
-    if found.found.index is not None and not predictor.phase1:
+    if found.found.places is not None and not predictor.phase1:
         for path in ("gathered", "masked"):
             module.path = path  # type: ignore[assignment]
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """Sparsifiner: predict at low rank which keys a query needs, and attend to those alone.
 
-    c = softmax_K(H^-1/2 · (q W_q) ((k W_k)ᵀ P)ᵀ),   Â = c · |B|ᵀ,   mask = top keys of each row of Â
+    c = softmax_K(H^-1/2 · (q W_q) ((k W_k)ᵀ P)ᵀ),  Â = c · |B|ᵀ,  mask = top keys of each row of Â
 
 with P, B: (N, K) parameters of a layer, shared by its heads. The class token sees everything.
 

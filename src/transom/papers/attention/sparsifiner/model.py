@@ -186,8 +186,9 @@ class Sparsifiner(VisionTransformer):
         depth = len(self.blocks)
         rates = _rates(token_keep_rates, pruning_layers, depth)
         budget = Budget(keep_rate) if budget is None else budget
+        block: Any
         for i, block in enumerate(self.blocks):
-            own: Any = block.attn
+            own = block.attn
             heads = own.num_heads
             predictor = MaskPredictor(width // heads, tokens, reduce_n, reduce_c, tied, budget)
             new = SparseAttention(width, heads, predictor, own.qkv.bias is not None, path)

@@ -61,13 +61,13 @@ class Prediction(NamedTuple):
     Attributes:
         coefficients: (B, H, R, K), weights of the basis.
         approx: (B, H, R, N), the approximate attention.
-        index: (B, H, R, keys) int64, the chosen keys; None when their number differs.
+        places: (B, H, R, keys) int64, the chosen keys; None when their number differs.
         mask: (B, H, R, N) bool, the chosen keys; None unless it was asked for.
     """
 
     coefficients: Tensor
     approx: Tensor
-    index: Tensor | None
+    places: Tensor | None
     mask: Tensor | None
 
 
@@ -130,7 +130,7 @@ class MaskPredictor(nn.Module):
             q, k: (B, H, N, d).
             live: (B, N) bool, False for tokens that are gone; None when none is.
             prefix: P tokens in front, whose queries see everything.
-            mask: whether the choice is wanted as a mask, and not only by its index.
+            mask: whether the choice is wanted as a mask, and not only by their places.
 
         Raises:
             TokensError: there are not the N tokens the predictor was made for.
@@ -165,7 +165,8 @@ class MaskPredictor(nn.Module):
         self, score: Tensor, live: Tensor | None, prefix: int, wanted: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         budget, tokens = self.budget, score.shape[-1]
-        index = None
+        index: Tensor | None = None
+        chosen: Tensor | None
         if live is not None:
             score = score.masked_fill(~live[:, None, None], -torch.inf)
         if budget.score == "threshold":
@@ -189,8 +190,7 @@ def _best(
     score: Tensor, live: Tensor | None, prefix: int, keys: int, wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The best keys as a mask (if wanted) and as an index (if all rows have as many)."""
-    index: Tensor | None = score.topk(keys, -1).indices
-    assert index is not None
+    index = score.topk(keys, -1).indices
     ones = torch.ones_like(index, dtype=torch.bool)
     if live is not None:
         # the k-th best counts only while there are as many tokens behind the prefix
@@ -228,10 +228,10 @@ def attend(
     Returns:
         (B, H, N, d); 0 for a query without keys.
     """
-    if found.index is not None and (
-        path == "gathered" or (path == "auto" and gathers(q.shape[2], found.index.shape[-1]))
+    if found.places is not None and (
+        path == "gathered" or (path == "auto" and gathers(q.shape[2], found.places.shape[-1]))
     ):
-        rows = gathered(q[:, :, prefix:], k, v, found.index, scale, _rows(bias, prefix, None))
+        rows = gathered(q[:, :, prefix:], k, v, found.places, scale, _rows(bias, prefix, None))
     else:
         mask = _mask(found)
         rows = masked(q[:, :, prefix:], k, v, mask, scale, _rows(bias, prefix, None))
@@ -249,8 +249,8 @@ def gathers(tokens: int, keys: int) -> bool:
 def _mask(found: Prediction) -> Tensor:
     if found.mask is not None:
         return found.mask
-    assert found.index is not None
-    return torch.zeros_like(found.approx, dtype=torch.bool).scatter(-1, found.index, True)
+    assert found.places is not None
+    return torch.zeros_like(found.approx, dtype=torch.bool).scatter(-1, found.places, True)
 
 
 def _rows(bias: Tensor | None, start: int, end: int | None) -> Tensor | None:
@@ -260,7 +260,7 @@ def _rows(bias: Tensor | None, start: int, end: int | None) -> Tensor | None:
 def masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax over the keys in mask (B, H, R, N), for q (B, H, R, d); the plain twin."""
+    """Softmax over the keys in mask (B, H, R, N), for q (B, H, R, d); the plain twin."""
     added = torch.zeros_like(mask, dtype=q.dtype) if bias is None else bias.expand(mask.shape)
     added = added.masked_fill(~mask, torch.finfo(q.dtype).min)
     y = attention.attend(q, k, v, added, scale=scale)
