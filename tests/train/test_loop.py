@@ -244,7 +244,41 @@ def test_layer_decay_warm_up_and_logs(tmp_path: Path) -> None:
 
 
 def test_bfloat16_learns(tmp_path: Path) -> None:
-    done = train(recipe(precision="bf16", epochs=4), tmp_path)
+    config = recipe(precision="bf16", epochs=4, method={"name": "evit"})
+    done = train(config, tmp_path)
     losses = [float(loss) for _, loss in curve(tmp_path)]
     assert losses[-1] < losses[0]
     assert next(done.model.parameters()).dtype == torch.float32
+    x = torch.rand(2, 3, 8, 8)
+    plain = build_model(config.model)
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    transom.load(plain, tmp_path / "fitting.safetensors")
+    assert torch.equal(done.model(x), plain.eval()(x)), "what is handed out computes in fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_is_a_model_of_its_own(tmp_path: Path, precision: str) -> None:
+    """Its forward is its own too, where mixed precision wraps that of the model."""
+    slow = {"ema": 0.99, "method": {"name": "evit"}, "precision": precision}
+    done = train(recipe(**slow, optim={"lr": 0.1, "name": "sgd"}), tmp_path)
+    x = torch.rand(4, 3, 8, 8)
+    after = load_file(tmp_path / "checkpoints" / "step-00000012" / "model.safetensors")
+    assert not torch.allclose(after["head.weight"], done.model.get_parameter("head.weight"))
+    assert done.model(x).dtype == torch.float32
+    same = build_model(recipe().model)
+    same.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    transom.load(same, tmp_path / "fitting.safetensors")
+    assert torch.equal(done.model(x), same.eval()(x))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
+    size = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = {"args": {**size, "num_classes": 10}}
+    train(recipe(epochs=1, model=model), tmp_path / "eager")
+    done = train(recipe(epochs=1, model=model, compile=True), tmp_path / "compiled")
+    eager, compiled = (
+        [float(loss) for _, loss in curve(tmp_path / n)] for n in ("eager", "compiled")
+    )
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert all("_orig_mod" not in n for n in load_file(done.out / "model.safetensors"))

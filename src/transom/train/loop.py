@@ -176,19 +176,22 @@ class _Run:
     def _prepare(self, model: nn.Module, teacher: nn.Module | None, classes: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         optimizer = optimizer_of(model, recipe.optim)
+        # before accelerate wraps the forward of mixed precision around it, which a copy would share
+        self.average: ModelEmaV3 | None = None
+        if recipe.ema is not None:
+            self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True)
+            self.average.to(accelerator.device)
+        self.own_forward = model.__dict__.get("forward")
         self.sampler = Shuffled(len(self.splits.train.pictures), recipe.seed)
         loader = _loader(recipe, self.splits, self.preprocessing, self.sampler)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
-        self.bare = accelerator.unwrap_model(self.model)
+        self.bare: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if teacher is not None:
             teacher = teacher.to(accelerator.device)
         self.objective: Objective = Classify(recipe, classes, teacher, self.training)
         self.per_epoch = -(-len(self.loader) // recipe.accumulate)
         self.total = recipe.epochs * self.per_epoch
         self.scheduler = scheduler_of(optimizer, recipe.optim, self.total, self.per_epoch)
-        self.average: ModelEmaV3 | None = None
-        if recipe.ema is not None:
-            self.average = ModelEmaV3(self.bare, decay=recipe.ema, use_warmup=True)
         self.final: Score | None = None
         self.done = 0
         last = checkpoints.latest(self.out / "checkpoints")
@@ -333,13 +336,22 @@ class _Run:
     def _test(self, epoch: int) -> float:
         last = self.done == self.total
         if last:
-            self._begin(self.total)
+            self._settle()
         score = self._score(exact=last)
         self.final = score if last else None
         seconds = round(time.perf_counter() - self.started, 2)
         values = {"loss": score.loss, "accuracy": score.accuracy, "seconds": seconds}
         self.log.add("test", self.done, epoch=epoch, **values)
         return score.accuracy
+
+    def _settle(self) -> None:
+        """Bring the model to what is judged, written and handed out: final settings, fp32."""
+        self._begin(self.total)
+        self.bare.__dict__.pop("_original_forward", None)
+        if self.own_forward is None:
+            self.bare.__dict__.pop("forward", None)
+        else:
+            self.bare.forward = self.own_forward
 
     def _checkpoint(self) -> None:
         average = None if self.average is None else self.average.module
@@ -350,7 +362,7 @@ class _Run:
         """Judge the model and write it."""
         seconds = time.perf_counter() - self.started
         if self.final is None:  # nothing was left to do
-            self._begin(self.total)
+            self._settle()
         score = self.final or self._score(exact=True)
         model = self.judged.eval()
         if self.main:
