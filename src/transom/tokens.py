@@ -140,17 +140,23 @@ class Tokens:
         )
         return Tokens(x, record)
 
-    def merge(self, matching: Matching, *, weighted: bool = True) -> Tokens:
+    def merge(
+        self, matching: Matching, *, weighted: bool = True, shares: Tensor | None = None
+    ) -> Tokens:
         """Sources flow into the tokens that stay.
 
         Args:
             matching: of the current tokens.
             weighted: by size; else the plain mean of each group, and sizes are still counted.
+            shares: (B, R, 2) of each source and of its destination, see
+                :func:`transom.ops.merging.ensemble`; None for the mean.
 
         Returns:
             The tokens that stay, in the order of `matching.keep`.
         """
         size, valid = self.size, self.record.valid
+        if shares is not None:
+            return self._ensemble(matching, shares)
         weight = size if weighted else None
         if valid is not None:
             # padding stands for nothing and weighs next to nothing: a group of padding has a mean
@@ -160,6 +166,18 @@ class Tokens:
         total = merging.merged_size(size, matching, torch.float32)
         same = weight is size
         x = merging.merge(self.x, matching, "mean", weight, total if same else None)
+        return self._after(x, matching, total)
+
+    def _ensemble(self, matching: Matching, shares: Tensor) -> Tokens:
+        """Merge with new weights in each pair; padding neither adds nor corrects anything."""
+        size, valid = self.size, self.record.valid
+        if valid is not None:
+            one = valid.to(torch.float32)[..., None]
+            size = one if size is None else size * one
+            real = valid.gather(1, matching.source)[..., None]
+            shares = torch.where(real, shares, 0.5)
+        total = merging.merged_size(size, matching, torch.float32)
+        x = merging.ensemble(self.x, matching, shares, size, total.clamp(min=1))
         return self._after(x, matching, total)
 
     def keep(self, index: Tensor) -> Tokens:

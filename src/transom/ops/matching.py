@@ -256,3 +256,136 @@ def energy_halves(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Mat
     """
     order = descending(score)
     return _flow(metric, order[:, :r], order[:, r : 2 * r], order[:, 2 * r :], prefix)
+
+
+class Reserved(NamedTuple):
+    """Tokens that neither leave nor receive.
+
+    prefix: leading ones.
+    suffix: trailing ones.
+    also: (B,) int64, one more position in each item, behind the prefix and before the suffix; None
+        for no other.
+    """
+
+    prefix: int = 0
+    suffix: int = 0
+    also: Tensor | None = None
+
+    def capped(self, r: int, count: int) -> int:
+        """At most half of the tokens that are not reserved."""
+        reserved = self.prefix + self.suffix + (self.also is not None)
+        return max(0, min(r, (count - reserved) // 2))
+
+    def mask(self, batch: int, count: int, device: torch.device) -> Tensor:
+        """(B, N) bool, True where a token is reserved."""
+        place = torch.arange(count, device=device)
+        held = ((place < self.prefix) | (place >= count - self.suffix)).expand(batch, -1)
+        return held if self.also is None else held | (place == self.also[:, None])
+
+
+@torch.no_grad()
+def complete_graph(metric: Tensor, held: Tensor) -> Tensor:
+    """Cosine of every pair of tokens; -inf on the diagonal and wherever a token is held.
+
+    Args:
+        metric: (B, N, c).
+        held: (B, N) bool, True for tokens that take no part.
+
+    Returns:
+        (B, N, N), at least float32.
+    """
+    metric = unit(metric.to(torch.promote_types(metric.dtype, torch.float32)))
+    graph = metric @ metric.mT
+    itself = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
+    return graph.masked_fill_(itself | held[:, :, None] | held[:, None], -torch.inf)
+
+
+@torch.no_grad()
+def complete_order(graph: Tensor, importance: Tensor | None, *, stable: bool = True) -> Tensor:
+    """CrossGET's order in which tokens give way (Shi et al. 2024, sec. 3.2 and 3.3).
+
+    Tokens are ranked by the similarity of their best partner, and each may look only at tokens
+    ranked behind it, which keeps two tokens from choosing each other. The order is that of
+    importance minus the similarity of the best partner in sight, lowest first.
+
+    Args:
+        graph: (B, N, N) of :func:`complete_graph`.
+        importance: (B, N); None when all tokens matter alike.
+        stable: ties by position. Two tokens that are each other's best partner always tie in the
+            ranking; False leaves their order, like the official code, to the sort of the machine.
+
+    Returns:
+        (B, N) int64; tokens without a partner in sight come last.
+    """
+    batch, count, _ = graph.shape
+    best = graph.amax(-1)
+    order = descending(best) if stable else best.argsort(dim=-1, descending=True)
+    place = torch.arange(count, device=graph.device).expand(batch, -1)
+    rank = torch.zeros_like(order).scatter(1, order, place)
+    sight = graph.masked_fill(rank[:, None] <= rank[:, :, None], -torch.inf).amax(-1)
+    priority = -sight if importance is None else importance - sight
+    return descending(-priority) if stable else priority.argsort(dim=-1)
+
+
+@torch.no_grad()
+def complete(
+    metric: Tensor,
+    r: int,
+    importance: Tensor | None = None,
+    reserved: Reserved | None = None,
+    *,
+    stable: bool = True,
+) -> Matching:
+    """CrossGET's complete-graph soft matching: any token may flow into any other.
+
+    The r tokens that give way first flow each into the most similar of the others. The tokens
+    that stay keep their order, so that causal hosts may follow.
+
+    Args:
+        metric: (B, N, c).
+        r: tokens to remove; more than half of those not reserved are never removed.
+        importance: (B, N), see :func:`guided_importance`; None when all tokens matter alike.
+        reserved: tokens that are left alone; None for none.
+        stable: see :func:`complete_order`.
+
+    Returns:
+        A matching with M = N - r; sources in the order in which they give way.
+    """
+    batch, count, _ = metric.shape
+    reserved = Reserved() if reserved is None else reserved
+    r = reserved.capped(r, count)
+    graph = complete_graph(metric, reserved.mask(batch, count, metric.device))
+    order = complete_order(graph, importance, stable=stable)
+    source, keep = order[:, :r], order[:, r:].sort(-1).values
+    near = rows.take(graph, source).gather(2, keep[:, None].expand(-1, r, -1))
+    return Matching(keep, source, near.argmax(-1))
+
+
+@torch.no_grad()
+def guided_importance(metric: Tensor, guide: Tensor) -> Tensor:
+    """Cosine of each token with a guide, such as the query of a token of another modality.
+
+    Args:
+        metric: (B, N, c).
+        guide: (B, 1, c).
+
+    Returns:
+        (B, N), at least float32.
+    """
+    dtype = torch.promote_types(metric.dtype, torch.float32)
+    return (unit(metric.to(dtype)) @ unit(guide.to(dtype)).mT)[..., 0]
+
+
+@torch.no_grad()
+def guided_shares(matching: Matching, importance: Tensor) -> Tensor:
+    """Softmax of the importance of each source and its destination.
+
+    Args:
+        matching: of N tokens.
+        importance: (B, N).
+
+    Returns:
+        (B, R, 2): share of the source, share of the destination.
+    """
+    into = importance.gather(1, matching.keep).gather(1, matching.into)
+    return torch.stack([importance.gather(1, matching.source), into], -1).softmax(-1)

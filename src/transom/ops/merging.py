@@ -77,6 +77,43 @@ def merge(
     return rows.add_(kept, matching.into, change)
 
 
+def ensemble(
+    x: Tensor,
+    matching: Matching,
+    shares: Tensor,
+    size: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    """CrossGET's weighted ensemble: sums of size·x in which each pair is weighted anew.
+
+    A destination d with sources s becomes, for shares w that add up to one in each pair,
+
+        (n_d x_d + sum_s [ 2 w_s n_s x_s + (2 w_d - 1) n_d x_d ]) / (n_d + sum_s n_s)
+
+    which is the mean where w = 1/2. With several sources the correction of the destination is
+    added once a source, so the weights add up to one only in the mean over both shares.
+
+    Args:
+        x: (B, N, D).
+        matching: of N tokens.
+        shares: (B, R, 2) of each source and of its destination.
+        size: (B, N, 1), n above; None for ones.
+        total: (B, M, 1) of `merged_size` for these sizes, if it is there already.
+
+    Returns:
+        (B, M, D).
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)
+    if total is None:
+        total = merged_size(size, matching, precise)
+    whole = x if size is None else x * size.to(x.dtype)
+    kept, source = rows.take(whole, matching.keep), rows.take(whole, matching.source)
+    of_source, of_target = (2 * shares).to(x.dtype).unbind(-1)
+    target = rows.take(kept, matching.into)
+    change = of_source[..., None] * source + (of_target[..., None] - 1) * target
+    return rows.add_(kept, matching.into, change) / total.to(x.dtype)
+
+
 def spread(y: Tensor, target: Tensor, missing: Tensor | None = None) -> Tensor:
     """Give every old token the features of the token it flowed into.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.ops import rows
-from transom.ops.matching import Matching, descending, unit
+from transom.ops.matching import Matching, complete_graph, complete_order, descending, unit
 
 
 class Real(NamedTuple):
@@ -132,6 +132,41 @@ def bipartite(metric: Tensor, valid: Tensor, r: int, prefix: int = 0) -> Matchin
     rank[:, ::2] = stands
     rank[:, :prefix] = place[:prefix] - count
     return _assemble(found, 2 * chosen, 2 * partner.gather(1, chosen) + 1, rank, each)
+
+
+@torch.no_grad()
+def complete(
+    metric: Tensor, valid: Tensor, r: int, importance: Tensor | None = None, prefix: int = 0
+) -> Matching:
+    """:func:`transom.ops.matching.complete` of each item's real tokens.
+
+    Args:
+        metric: (B, N, c).
+        valid: (B, N) bool, False for padding; prefix tokens are real.
+        r: tokens to remove, in no item more than half of its real tokens behind the prefix.
+        importance: (B, N); None when all tokens matter alike.
+        prefix: number of leading tokens that are left alone.
+
+    Returns:
+        A matching with M = N - min(r, (N - prefix) // 2).
+    """
+    count = metric.shape[1]
+    found = real(valid)
+    most = max(0, min(r, (count - prefix) // 2))
+    each = ((found.amount - prefix) // 2).clamp(0, most)
+    place = _places(metric, count)
+    held = (place < prefix) | (place >= found.amount[:, None])
+    graph = complete_graph(rows.take(metric, found.order), held)
+    if importance is not None:
+        importance = importance.gather(1, found.order)
+    order = complete_order(graph, importance)
+    chosen = order[:, :most]
+    leaves = _places(chosen, most) < each[:, None]
+    # what leaves is no destination; spare slots write into a column that is cut off
+    gone = torch.zeros(len(chosen), count + 1, dtype=torch.bool, device=chosen.device)
+    gone = gone.scatter(1, torch.where(leaves, chosen, count), True)[:, :count]
+    near = rows.take(graph, chosen).masked_fill(gone[:, None], -torch.inf)
+    return _assemble(found, chosen, near.argmax(-1), place.repeat(len(chosen), 1), each)
 
 
 def _similarity(metric: Tensor, found: Real, prefix: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,47 @@ def merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> Tensor:
     return (weight @ x) / weight.sum(-1, keepdim=True)
 
 
+def complete(metric: Tensor, r: int, importance: Tensor, held: Tensor) -> list[tuple[int, int]]:
+    """Twin of :func:`transom.ops.matching.complete` for one item: (source, destination) pairs.
+
+    Args:
+        metric: (N, c).
+        r: tokens to remove.
+        importance: (N,).
+        held: (N,) bool, tokens that take no part.
+    """
+    rows = torch.nn.functional.normalize(metric, dim=-1)
+    free = [i for i in range(len(metric)) if not held[i]]
+    near = {(i, j): float(rows[i] @ rows[j]) for i in free for j in free if i < j}
+    near |= {(j, i): value for (i, j), value in near.items()}
+    best = {i: max(near[i, j] for j in free if j != i) for i in free}
+    ranked = sorted(free, key=lambda i: -best[i])
+    gives = {
+        i: float(importance[i]) - max(near[i, j] for j in ranked[place + 1 :])
+        for place, i in enumerate(ranked[:-1])
+    }
+    sources = sorted(gives, key=lambda i: (gives[i], i))[:r]
+    stays = [i for i in free if i not in sources]
+    return [(i, max(stays, key=lambda j: (near[i, j], -j))) for i in sources]
+
+
+def ensemble(x: Tensor, matching: Matching, shares: Tensor, size: Tensor) -> Tensor:
+    """Twin of :func:`transom.ops.merging.ensemble`: one pair at a time."""
+    out = []
+    for b, item in enumerate(x * size):
+        kept = item[matching.keep[b]]
+        total = size[b][matching.keep[b]]
+        for i, (source, into) in enumerate(zip(matching.source[b], matching.into[b], strict=True)):
+            of_source, of_target = 2 * shares[b, i]
+            change = torch.zeros_like(kept)
+            change[into] = of_source * item[source] + (of_target - 1) * item[matching.keep[b][into]]
+            more = torch.zeros_like(total)
+            more[into] = size[b, source]
+            kept, total = kept + change, total + more
+        out.append(kept / total)
+    return torch.stack(out)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, record: object = None
 ) -> Tensor:
