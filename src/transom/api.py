@@ -402,13 +402,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, check: bool = True) 
             "transom.save wrote"
         )
     entries = json.loads(metadata["fittings"])
-    decodes = [registry.methods()[e["slug"]].takes == "decoder" for e in entries]
+    try:
+        methods = [registry.build(e["slug"], _tuples(e["settings"])) for e in entries]
+    except SettingsError as error:
+        raise CheckpointError(f"{os.fspath(path)!r} does not fit its method: {error}") from error
+    decodes = [method.takes == "decoder" for method in methods]
     wanted, have = json.loads(metadata["host"]), _description(hosts.find(model, any(decodes)))
     if wanted != have:
         raise CheckpointError(f"the fitting was saved for a host {wanted}, but this one is {have}")
     try:
-        for entry in entries:
-            method = registry.build(entry["slug"], _tuples(entry["settings"]))
+        for entry, method in zip(entries, methods, strict=True):
             apply(model, method, where=entry["where"], restore=entry["restore"], check=check)
         own = getattr(_expect(model).host.root, _PREFIX, nn.Module())
         own.load_state_dict(tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
-from transom.papers.attention.moh.routing import NormRouter, add_router, route
+from transom.papers.attention.moh.routing import NormRouter, add_router, check_heads, route
 from transom.papers.attention.moh.skipping import Path, attend
 
 
@@ -115,7 +115,8 @@ class MoHLlamaAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * width, bias)
         self.v_proj = nn.Linear(hidden, kv_heads * width, bias)
         self.o_proj = nn.Linear(num_heads * width, hidden, bias)
-        self.router = NormRouter(num_heads, shared, chosen, straight_through)
+        check_heads(num_heads, shared, chosen)
+        self.router = NormRouter(shared, chosen, straight_through)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Mixed tokens (B, N, C).
@@ -141,7 +142,8 @@ class MoHLlamaAttention(nn.Module):
         count = x.shape[1]
         hidden = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
         bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
-        y = attend(q, k, v, gates, bias[None, None], q.shape[-1] ** -0.5, path=self.path)
+        path = "dense" if self.router.passes else self.path
+        y = attend(q, k, v, gates, bias[None, None], q.shape[-1] ** -0.5, path=path)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
 

@@ -104,35 +104,58 @@ class NormRouter(nn.Module):
     softmax, which changes no order. Norms do not change under rotary embedding.
 
     Args:
-        heads, shared, routed: as for :class:`Router`.
+        shared: S, the first heads, which are always on; or their part of all heads, a float.
+        routed: K, of the others, that a token uses; or the part of the heads that is on, shared
+            ones included, a float.
         straight_through: let the gradient of the softmax pass through the hard choice.
     """
 
-    def __init__(
-        self, heads: int, shared: int, routed: int, straight_through: bool = False
-    ) -> None:
+    def __init__(self, shared: float, routed: float, straight_through: bool = False) -> None:
         super().__init__()
-        check_heads(heads, shared, routed)
-        self.heads, self.shared, self.routed = heads, shared, routed
-        self.straight_through = straight_through
+        self.shared, self.routed, self.straight_through = shared, routed, straight_through
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, shared={self.shared}, routed={self.routed}"
+        return f"shared={self.shared}, routed={self.routed}"
 
     def forward(self, q: Tensor) -> Gates:
         """Gates of queries q (B, H, N, d)."""
-        ones = q.new_ones(q.shape[0], q.shape[2], self.shared)
-        if not self.routed:
+        heads = q.shape[1]
+        shared, routed = int(self.shared), int(self.routed)
+        if isinstance(self.shared, float):
+            shared, routed = head_counts(heads, self.shared, self.routed)
+        check_heads(heads, shared, routed)
+        ones = q.new_ones(q.shape[0], q.shape[2], shared)
+        if not routed:
             return Gates(ones, None, None)
-        norm = q[:, self.shared :].norm(dim=-1).transpose(1, 2)  # (B, N, E)
+        norm = q[:, shared:].norm(dim=-1).transpose(1, 2)  # (B, N, E)
         if norm.shape[-1] > 1:
             norm = norm / norm.std(-1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny)
         probability = norm.softmax(-1)
-        mask = top(probability, self.routed)
+        # by the norms: in half precision a softmax has ties where they have none
+        mask = top(norm, routed)
         hard = mask.to(q.dtype)
         if self.straight_through:
-            hard = hard + probability - probability.detach()
+            hard = hard + (probability - probability.detach())
         return Gates(torch.cat([ones, hard], -1), probability, mask)
+
+    @property
+    def passes(self) -> bool:
+        """Whether heads that are not chosen get a gradient now, and so have to be computed."""
+        return self.straight_through and torch.is_grad_enabled()
+
+
+def head_counts(heads: int, shared: float, active: float) -> tuple[int, int]:
+    """S and K from parts of all heads; at least one head is routed unless all are shared.
+
+    Args:
+        heads: H.
+        shared: part of the heads that is always on.
+        active: part that is on for a token, shared ones included.
+    """
+    always = round(shared * heads)
+    if always == heads:
+        return heads, 0
+    return always, max(round(active * heads) - always, 1)
 
 
 def top(probability: Tensor, count: int) -> Tensor:
@@ -273,10 +296,10 @@ def head_usage(model: nn.Module, batches: Sequence[Any]) -> Usage:
             "expected a model with routed heads and at least one input"
         )
     usage = Usage()
-    for layer in layers:
+    for _ in layers:
         usage.tokens.append(0)
-        usage.chosen.append(torch.zeros(layer.heads))
-        usage.weight.append(torch.zeros(layer.heads))
+        usage.chosen.append(torch.zeros(0))
+        usage.weight.append(torch.zeros(0))
     hooks = [layer.register_forward_hook(_count(usage, i)) for i, layer in enumerate(layers)]
     try:
         for batch in batches:
@@ -297,8 +320,9 @@ def _count(usage: Usage, layer: int) -> Any:
         if gates.mask is not None:
             mask = gates.mask.flatten(0, -2).float().cpu()
             used[:, -mask.shape[1] :] = mask
+        first = not usage.tokens[layer]
         usage.tokens[layer] += len(gate)
-        usage.chosen[layer] += used.sum(0)
-        usage.weight[layer] += gate.sum(0)
+        usage.chosen[layer] = used.sum(0) + (0 if first else usage.chosen[layer])
+        usage.weight[layer] = gate.sum(0) + (0 if first else usage.weight[layer])
 
     return count
