@@ -140,7 +140,7 @@ def test_other_sizes_of_images() -> None:
     with pytest.raises(SettingsError, match="16"):
         model.set_input_size((40, 64))
     with pytest.raises(SettingsError, match="16"):
-        network(patch_size=8)
+        network(patch_size=10)
 
 
 def test_official_names() -> None:
