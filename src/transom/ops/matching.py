@@ -318,6 +318,8 @@ def complete_order(graph: Tensor, importance: Tensor | None, *, stable: bool = T
         (B, N) int64; tokens without a partner in sight come last.
     """
     batch, count, _ = graph.shape
+    if stable:  # a matrix product may round the two directions of a pair differently
+        graph = torch.maximum(graph, graph.mT)
     best = graph.amax(-1)
     order = descending(best) if stable else best.argsort(dim=-1, descending=True)
     place = torch.arange(count, device=graph.device).expand(batch, -1)

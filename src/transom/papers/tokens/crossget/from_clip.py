@@ -109,6 +109,12 @@ def from_transformers(
             f"got {type(model).__name__}; expected transformers' CLIPModel with both towers"
         )
     vision, text = config.vision_config, config.text_config
+    for tower, its in (("image", vision), ("text", text)):
+        if 4 * its.hidden_size != its.intermediate_size:
+            raise HostError(
+                f"the ffn of the {tower} tower is {its.intermediate_size} wide; CrossGET's towers "
+                f"have CLIP's factor of four, here {4 * its.hidden_size}"
+            )
     visual = CrossVision(
         vision.image_size,
         vision.patch_size,
@@ -134,8 +140,6 @@ def from_transformers(
         stable=stable,
         act=_activation(text.hidden_act),
     )
-    if 4 * vision.hidden_size != vision.intermediate_size:
-        raise HostError("the ffn of the image tower is not four times as wide as the tower")
     parameter = next(model.parameters())
     made.load_state_dict(convert(model.state_dict()))
     return made.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
