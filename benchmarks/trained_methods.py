@@ -56,8 +56,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="slugs; all that fit by default")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--page", action="store_true", help="only write the page of the rows there")
     parser.add_argument("changes", nargs="*", help="of the recipe, KEY=VALUE")
     given = parser.parse_args()
+    if given.page:
+        page(given.out.with_suffix(".md"), read(given.out))
+        return
 
     recipe = read_recipe(given.recipe, given.changes)
     host = build_model(recipe.model)
@@ -110,6 +114,7 @@ def main() -> None:
             layers = given.layers and tuple(given.layers)
             transom.apply(fitted, "evit", check=False, keep_rate=rate, layers=layers)
             smaller(recipe, rate, cost(fitted, batch), host, batch, given, add)
+    page(given.out.with_suffix(".md"), read(given.out))
 
 
 def smaller(
@@ -236,6 +241,53 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def page(path: Path, rows: list[dict[str, str]]) -> None:
+    """The rows as Markdown: means over seeds, with the lowest and highest."""
+    text = [
+        "# Methods off the shelf and after the same fine-tuning\n",
+        "Made by `python benchmarks/trained_methods.py`; every row is in `trained_methods.csv`.",
+        "Test accuracy in percent: the mean over seeds, with the lowest and highest. At one keep",
+        "rate all methods take the same number of tokens out of each block; without one a method",
+        "has its default settings. `smaller plain` is narrower, of at most EViT's FLOPs, and trained",
+        "from scratch for the epochs of the model and of its fine-tuning together. Speed-ups were",
+        "measured beside other work and are coarse.",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        first = own[0]
+        text += [
+            f"\n## {model}\n",
+            f"{first['train_images']} training and {first['test_images']} test images, "
+            f"{first['epochs']} epochs of fine-tuning, {first['machine']}, {first['date']}. "
+            f"One test image is {100 / int(first['test_images']):.2f} points.\n",
+            "| keep rate | method | GFLOPs | speed-up | off the shelf | fine-tuned | seeds |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for row in own:
+            groups.setdefault((row["keep_rate"], row["method"]), []).append(row)
+        means = {key: mean(group) for key, group in groups.items()}
+        for (rate, method), group in groups.items():
+            tuned = [float(row["fine_tuned"]) for row in group]
+            text.append(
+                f"| {rate or '–'} | {method} | {float(group[0]['gflops']):.4g} | "
+                f"{float(group[0]['speedup']):.2f}× | {group[0]['off_the_shelf'] or '–'} | "
+                f"{means[rate, method]:.2f} ({min(tuned):.2f}–{max(tuned):.2f}) | {len(group)} |"
+            )
+        text.append("")
+        for (rate, method), value in means.items():
+            controls = [c for c in ("random", "smaller plain") if (rate, c) in means]
+            better = [c for c in controls if means[rate, c] >= value and c != method]
+            if method not in ("plain", "random", "smaller plain") and better:
+                text.append(f"- {method} at {rate} does not beat {' nor '.join(better)}.")
+    path.write_text("\n".join(text) + "\n")
+
+
+def mean(rows: list[dict[str, str]]) -> float:
+    """Mean accuracy after fine-tuning."""
+    return sum(float(row["fine_tuned"]) for row in rows) / len(rows)
 
 
 if __name__ == "__main__":
