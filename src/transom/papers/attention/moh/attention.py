@@ -27,6 +27,10 @@ class MoHAttention(nn.Module):
         SettingsError: the numbers of heads do not fit each other, or H does not divide C.
     """
 
+    wg: nn.Linear | None
+    wg_0: nn.Linear | None
+    wg_1: nn.Linear | None
+
     def __init__(
         self,
         dim: int,

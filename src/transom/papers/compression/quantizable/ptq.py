@@ -109,6 +109,7 @@ def int8(model: nn.Module) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.ao as a whole
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
         made: nn.Module = quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
     return made
 
