@@ -11,7 +11,8 @@ from transom.ops import attention
 from transom.papers.attention.moh.routing import Gates
 
 Path = Literal["auto", "dense", "skip"]
-MOVING = 40
+FEWEST, MOVING, ROWS = 64, 40, 0.3
+LEAST = 4_000_000  # multiplications
 
 
 def reference(
@@ -47,10 +48,14 @@ def attend(
     Returns:
         (B, H, N, d).
     """
-    if path == "dense" or gates.mask is None or (path == "auto" and not _counts(q)):
+    if path == "dense" or gates.mask is None or (path == "auto" and not _counts(q, k)):
+        return reference(q, k, v, gates, bias, scale)
+    rows = bias is not None and bias.shape[2] > 1
+    # looking at the choice costs a little, so not where nothing could be gained
+    if path == "auto" and not pays(k.shape[2], _part(q, gates, 1), rows):
         return reference(q, k, v, gates, bias, scale)
     most = int(gates.mask.sum(1).max())
-    if path == "auto" and not pays(k.shape[2], _part(q, gates, most)):
+    if path == "auto" and not pays(k.shape[2], _part(q, gates, most), rows):
         return reference(q, k, v, gates, bias, scale)
     batch, heads, count, _ = q.shape
     shared, width = heads - gates.mask.shape[-1], v.shape[-1]
@@ -58,22 +63,17 @@ def attend(
     # the queries of each head that chose it; where they are fewer, others fill up the group
     picked = chosen.to(q.dtype).topk(most, -1, sorted=False).indices  # (B, E, n)
     rest = slice(shared, heads)
-    own = None
-    if bias is not None:
-        own = _heads(bias, rest)
-        if own.shape[2] > 1:
-            own = own.expand(*picked.shape[:2], -1, -1)
-            own = own.gather(2, picked[..., None].expand(-1, -1, -1, own.shape[-1]))
+    own = None if bias is None else _picked(_heads(bias, rest), picked)
     # tokens outside, heads inside: rows of width d, as they come from and go to the projections
     start = torch.arange(batch, device=q.device)[:, None, None] * count
     head = torch.arange(shared, heads, device=q.device)[:, None]
-    rows = ((start + picked) * heads + head).flatten()
-    query = q.transpose(1, 2).flatten(0, 2).index_select(0, rows)
+    places = ((start + picked) * heads + head).flatten()
+    query = q.transpose(1, 2).flatten(0, 2).index_select(0, places)
     query = query.view(*picked.shape, q.shape[-1])
     y = attention.attend(query, k[:, rest], v[:, rest], own, scale=scale)
     # what only fills up a group has a gate of zero
-    y = y * gates.gate.flatten().index_select(0, rows).view(*picked.shape, 1)
-    out = y.new_zeros(batch * count * heads, width).index_copy(0, rows, y.flatten(0, 2))
+    y = y * gates.gate.flatten().index_select(0, places).view(*picked.shape, 1)
+    out = y.new_zeros(batch * count * heads, width).index_copy(0, places, y.flatten(0, 2))
     out = out.view(batch, count, heads, width).transpose(1, 2)
     if shared:
         own = None if bias is None else _heads(bias, slice(0, shared))
@@ -86,9 +86,28 @@ def _heads(bias: Tensor, which: slice) -> Tensor:
     return bias if bias.shape[1] == 1 else bias[:, which]
 
 
-def _counts(q: Tensor) -> bool:
-    """Whether the size of groups may be looked at: on a CPU, outside of graphs of a fixed shape."""
-    return q.device.type == "cpu" and not torch.compiler.is_compiling()
+def _picked(bias: Tensor, picked: Tensor) -> Tensor:
+    """Rows of a bias (1 or B, 1 or E, 1 or N, M) for the queries picked (B, E, n)."""
+    batch, heads, count, keys = bias.shape
+    if count == 1:
+        return bias
+    row = picked
+    if heads > 1:
+        row = row + torch.arange(heads, device=bias.device)[:, None] * count
+    if batch > 1:
+        row = row + torch.arange(batch, device=bias.device)[:, None, None] * heads * count
+    # whole rows at once, which is faster than a gather
+    return bias.reshape(-1, keys).index_select(0, row.flatten()).view(*picked.shape, keys)
+
+
+def _counts(q: Tensor, k: Tensor) -> bool:
+    """Whether the size of groups may be looked at, and whether it could matter.
+
+    On a CPU, outside of graphs of a fixed shape, and not for attention of a tenth of a millisecond.
+    """
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return k.shape[2] >= FEWEST and q.numel() * k.shape[2] >= LEAST
 
 
 def _part(q: Tensor, gates: Gates, most: int) -> float:
@@ -98,14 +117,16 @@ def _part(q: Tensor, gates: Gates, most: int) -> float:
     return (q.shape[1] - routed + routed * most / q.shape[2]) / q.shape[1]
 
 
-def pays(keys: int, part: float) -> bool:
+def pays(keys: int, part: float, rows: bool = False) -> bool:
     """Whether leaving heads out is expected to be faster than computing them, on a CPU.
 
-    Moving queries into groups costs as much as attending to some forty keys (measured on one
-    thread, float32, widths 32 to 64).
+    Moving queries into groups costs as much as attending to some forty keys; a bias of its own for
+    each query has to be moved, too, which costs as much as another ROWS of the attention that is
+    left (measured on one thread, float32, widths 32 and 64).
 
     Args:
         keys: number of them.
         part: of the (query, head) pairs that is left.
+        rows: whether there is such a bias.
     """
-    return part + MOVING / max(keys, 1) < 0.95
+    return part * (1 + ROWS * rows) + MOVING / max(keys, 1) < 0.95
