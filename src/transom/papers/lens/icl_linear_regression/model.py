@@ -173,14 +173,19 @@ class InContextAttention(_Projections):
 
     def forward(self, query: Tensor, z: Tensor) -> Tensor:
         """Query (B, 1, e) and context z (B, L, e) -> (B, 1, n_out)."""
-        q, k, v = (
-            self.split(self.q_proj(query)),
-            self.split(self.k_proj(z)),
-            self.split(self.v_proj(z)),
-        )
-        if self.linear:
-            return self.join(q @ (k.mT @ v) / math.sqrt(q.shape[-1]))
-        return self.join(F.scaled_dot_product_attention(q, k, v))
+        # one query, many keys: projecting the query back costs L times less than all the keys
+        q = self.split(self.q_proj(query))
+        wk, wv = (p.weight.unflatten(0, (self.heads, -1)) for p in (self.k_proj, self.v_proj))
+        scores = q @ wk @ z[:, None].mT
+        if self.k_proj.bias is not None:
+            scores = scores + q @ self.k_proj.bias.unflatten(0, (self.heads, -1, 1))
+        scores = scores / math.sqrt(q.shape[-1])
+        weights = scores if self.linear else scores.softmax(-1)
+        read = weights @ z[:, None] @ wv.mT
+        if self.v_proj.bias is not None:
+            bias = self.v_proj.bias.unflatten(0, (self.heads, 1, -1))
+            read = read + weights.sum(-1, keepdim=True) * bias
+        return self.join(read)
 
 
 class CausalAttention(_Projections):
@@ -304,7 +309,8 @@ class Patterns:
         omega: (H,), mean of the diagonal of W_QK over the covariates, in units of the score.
         mu: (H, n), what each response adds to its own output.
         off_diagonal: part of the squared entries of all W_QK that is not on the covariates'
-            diagonal; 0 where the pattern holds.
+            diagonal; 0 where the pattern holds. Rows that only a query's response would use count
+            for nothing: it is always zero, so they never train.
         unequal: spread of the diagonals over their size; 0 where they are multiples of identity.
         elsewhere: part of the squared entries of all W_OV that no mu holds; 0 where the pattern
             holds.
@@ -349,7 +355,8 @@ def patterns(found: Circuits, covariates: int, scale: float | None = None) -> Pa
             f"covariates is {covariates} for tokens of width {width} and {out} outputs; expected "
             "fewer covariates than the width, and an output for each of the other entries"
         )
-    diagonal = found.qk.diagonal(dim1=1, dim2=2)[:, :covariates]
+    used = found.qk[:, :covariates]
+    diagonal = used.diagonal(dim1=1, dim2=2)
     square = out == width  # outputs of the token's width: a response is written where it stood
     written = found.ov[:, covariates:, covariates:] if square else found.ov[:, covariates:]
     mu = written.diagonal(dim1=1, dim2=2)
@@ -358,7 +365,7 @@ def patterns(found: Circuits, covariates: int, scale: float | None = None) -> Pa
     return Patterns(
         diagonal.mean(1) * (width**-0.5 if scale is None else scale),
         mu,
-        float(1 - on / found.qk.square().sum()),
+        float(1 - on / used.square().sum()),
         float(((diagonal - mean).square().sum() / on).sqrt()),
         float(1 - held / found.ov.square().sum()),
         float((mu.sum(0).abs() / mu.abs().sum(0)).max()),
