@@ -229,7 +229,8 @@ def attend(
         (B, H, N, d); 0 for a query without keys.
     """
     if found.places is not None and (
-        path == "gathered" or (path == "auto" and gathers(q.shape[2], found.places.shape[-1]))
+        path == "gathered"
+        or (path == "auto" and gathers(q.shape[2], found.places.shape[-1], q.device))
     ):
         rows = gathered(q[:, :, prefix:], k, v, found.places, scale, _rows(bias, prefix, None))
     else:
@@ -241,9 +242,13 @@ def attend(
     return torch.cat([lead, rows], 2)
 
 
-def gathers(tokens: int, keys: int) -> bool:
-    """Whether gathering `keys` of `tokens` keys is expected to be faster than masking."""
-    return False
+def gathers(tokens: int, keys: int, device: torch.device) -> bool:
+    """Whether gathering is expected to be faster than masking.
+
+    On CPUs copies of fewer than about 1 in 24 keys are cheaper than all logits in one kernel; on
+    other devices this was not measured, and the mask is taken.
+    """
+    return device.type == "cpu" and keys * 24 <= tokens
 
 
 def _mask(found: Prediction) -> Tensor:
