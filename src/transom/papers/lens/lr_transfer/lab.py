@@ -50,10 +50,10 @@ class Sweep:
 
 def sweep(
     widths: Sequence[int] = (16, 32, 64, 128),
-    rates: Sequence[float] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0),
+    rates: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
     regimes: Sequence[Regime] = ("mup", "ntk"),
     *,
-    watched: float = 0.25,
+    watched: float = 1.0,
     steps: int = 200,
     every: int = 10,
     depth: int = 3,
@@ -119,7 +119,7 @@ def sweep(
                     grads = torch.autograd.grad(loss, list(net.parameters()))
                     with torch.no_grad():
                         for p, g in zip(net.parameters(), grads, strict=True):
-                            p -= net.rate(rate) * g
+                            p.sub_(g, alpha=net.rate(rate))
                 end = float(loss.detach())
                 ends.append(end if math.isfinite(end) else math.inf)
                 if rate == watched:
