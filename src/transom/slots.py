@@ -165,7 +165,8 @@ class Mixer(Protocol):
     def __call__(self, h: Tensor, ask: Ask) -> Tensor:
         """Mixed tokens (B, N, D) from normed ones.
 
-        `ask.record` tells their layout; `ask.bias` (B, 1, 1, N) or None has to be added to the
+        `ask.record` tells their layout, and what the mixer changes there beside the features
+        travels on with the tokens; `ask.bias` (B, 1, 1, N) or None has to be added to the
         logits of each key, if the mixer has logits.
         """
 
@@ -570,6 +571,8 @@ class BlockFlow:
         if fill.mixer is not None:
             view.refuse(*args, **kwargs)
             y = fill.mixer(norm1(x), ask)
+            assert ask.record is not None
+            record = ask.record  # a mixer may tell the blocks behind it something
         else:
             y = view.attend(norm1(x), ask, *args, **kwargs)
         y = view.residual1(y)

@@ -43,6 +43,8 @@ class Record:
         visual: (B, N) bool, which tokens stand for pieces of images in a sequence with text; None
             when unknown.
         words: (B, N) int64, ids of the words the tokens were made from; None when unknown.
+        voice: (B, N) how much each token still sends, which a fitted attention passes on from block
+            to block; None when none does.
     """
 
     layout: Layout
@@ -52,6 +54,7 @@ class Record:
     home: Tensor | None = None
     visual: Tensor | None = None
     words: Tensor | None = None
+    voice: Tensor | None = None
 
     def sources(self, count: int) -> Tensor:
         """0/1 membership (B, count, N0): which original tokens each current one stands for.
@@ -117,7 +120,7 @@ class Tokens:
         A token beyond those kept takes the place of `lead` (B, 1).
         """
         index, valid, home = self.record.index, self.record.valid, self.record.home
-        visual, words = self.record.visual, self.record.words
+        visual, words, voice = self.record.visual, self.record.words, self.record.voice
         stays = matching.keep if lead is None else torch.cat([matching.keep, lead], 1)
         if home is not None:
             home = home.gather(1, stays)
@@ -125,6 +128,8 @@ class Tokens:
             visual = visual.gather(1, stays)
         if words is not None:
             words = words.gather(1, stays)
+        if voice is not None:
+            voice = voice.gather(1, stays)
         if index is not None:
             target = matching.target(self.count)
             index = torch.where(index < 0, index, target.gather(1, index.clamp(min=0)))
@@ -136,7 +141,14 @@ class Tokens:
             total = torch.cat([stays, fresh], 1).scatter_add(1, matching.into, joins)
             valid = total > 0
         record = replace(
-            self.record, size=size, index=index, valid=valid, home=home, visual=visual, words=words
+            self.record,
+            size=size,
+            index=index,
+            valid=valid,
+            home=home,
+            visual=visual,
+            words=words,
+            voice=voice,
         )
         return Tokens(x, record)
 

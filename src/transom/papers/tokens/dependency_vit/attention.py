@@ -91,7 +91,7 @@ class Senders(nn.Module):
         self.message_controller = Mlp(dim, dim // 2, 1, bias=False)
 
     def select(self, x: Tensor) -> Tensor:
-        """p (B, H, N): share of every head in what each token of x (B, N, D) sends."""
+        """The share p (B, H, N) of every head in what each token of x (B, N, D) sends."""
         logits = self.head_selector(x)
         # divided by a small temperature, half precision overflows soon
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -158,7 +158,7 @@ class DependencyViT(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = Norm(embed_dim)
+        self.norm: nn.Module = Norm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.feature_info = [

@@ -21,7 +21,7 @@ def fractions(steps: int, ratio: float) -> list[float]:
     Raises:
         SettingsError: nothing would be left.
     """
-    if not 0 <= ratio or ratio * steps >= 1:
+    if ratio < 0 or ratio * steps >= 1:
         raise SettingsError(
             f"{steps} steps that each remove {ratio} of the original tokens leave nothing; "
             "expected prune_ratio at least 0, and times the number of prune_layers below 1"
