@@ -49,6 +49,9 @@ class Ask:
             do not run then.
         memory: what the block keeps from the prompt for the rest of a generation; None where
             nothing goes on after the call.
+        cache: the host's cache of all its layers, where a method may put a layer of its own; None
+            where nothing goes on after the call.
+        place: number of this block in it.
         visual: (B, keys) bool, which keys stand for pieces of images; None when unknown.
         renumbers: whether moved tokens get the positions they now have instead of their old ones.
         watch: who wants to see, or to change, what is inside this attention.
@@ -68,6 +71,8 @@ class Ask:
     share: Tensor | None = None
     decoding: bool = False
     memory: dict[str, Any] | None = None
+    cache: Any = None
+    place: int = 0
     visual: Tensor | None = None
     renumbers: bool = False
     watch: BlockWatch | None = None

@@ -96,6 +96,7 @@ class DecoderBlock(HfBlock):
         given = self.given(args, kwargs)
         cache = given.get("past_key_values")
         visual = given.get(_VISUAL)
+        ask.cache, ask.place = cache, self.place
         if ask.operator is not None:
             ask.operator = partial(ask.operator, ask=ask)
         if cache is None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from transom.errors import SettingsError
 
 
 def influence(
@@ -62,3 +66,72 @@ def block_sums(effect: Tensor, block: int) -> Tensor:
     x = F.pad(effect.abs(), (0, columns, 0, rows))
     x = x.unflatten(-2, (-1, block)).unflatten(-1, (-1, block))
     return x.sum((-1, -3))
+
+
+def profile(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, block: int = 64
+) -> Tensor:
+    """Influence of every attention value of a decoder, over texts of one length.
+
+    The gradient of the mean cross-entropy of the labels is taken with respect to the output of
+    each attention; the matrices are then made layer by layer, so that only one is there at a time.
+
+    Args:
+        model: a causal language model of transformers, or one that sees.
+        batches: arguments of the model, with `input_ids` and `labels` (B, N), -100 where a token
+            does not count. Labels written by the model itself tell most, see the paper.
+        block: side of a block in tokens.
+
+    Returns:
+        (layers, heads, n, n) float32 on the CPU: mean over texts of the sums of |E| in each block.
+
+    Raises:
+        HostError: the model holds no decoder that transom knows.
+        SettingsError: there is no batch, or one has no labels.
+    """
+    from transom.lens.capture import capture
+
+    names = ("query", "key", "value", "head_output")
+    total, texts = None, 0
+    asked = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(True)  # gradients have to reach the first layer
+    try:
+        for batch in batches:
+            if "labels" not in batch:
+                raise SettingsError(
+                    f"a batch has {sorted(batch)}, but no labels to take the loss of"
+                )
+            kept = [f"blocks.*.attention.{name}" for name in names]
+            with torch.enable_grad(), capture(model, *kept, detach=False, decoder=True) as seen:
+                loss = model(**batch, use_cache=False).loss
+            held: dict[str, list[Tensor]] = {
+                name: [x for full, x in seen.items() if full.endswith(f".{name}")] for name in names
+            }
+            grads = torch.autograd.grad(loss, held["head_output"])
+            with torch.no_grad():
+                each = [
+                    block_sums(influence(q.float(), k.float(), v.float(), g.float()), block).sum(0)
+                    for q, k, v, g in zip(
+                        held["query"], held["key"], held["value"], grads, strict=True
+                    )
+                ]
+            now = torch.stack(each).cpu()
+            total = now if total is None else total + now
+            texts += len(batch["input_ids"])
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+    if total is None:
+        raise SettingsError("there is no batch to measure influence on")
+    return total / texts
+
+
+def shared(importance: Tensor, heads: int) -> Tensor:
+    """Importance (layers, H, n, n) for heads that share keys: the largest of each group.
+
+    Args:
+        importance: of query heads.
+        heads: of keys.
+    """
+    return importance.unflatten(1, (heads, -1)).amax(2)
