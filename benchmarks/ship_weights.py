@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from transom.measure import models
+from transom.measure.environment import describe
 from transom.measure.preprocessing import classes_of, preprocessing_of
 from transom.train import Score, evaluate, parse_recipe
-from transom.train.checkpoints import write
-from transom.train.data import load_splits
+from transom.train.checkpoints import latest, write
+from transom.train.data import load_splits, pictures
+from transom.train.logs import rows
 from transom.train.loop import timm_args
 
 ASSETS = Path(__file__).parents[1] / "src" / "transom" / "assets"
@@ -37,11 +39,11 @@ def main() -> None:
     parser.add_argument("name", help="of the model, without transom/")
     given = parser.parse_args()
 
-    result = json.loads((given.run / "result.json").read_text())
+    result, weights = finished(given.run) or stopped(given.run)
     recipe = parse_recipe(result["recipe"])
     if recipe.method is not None:
         raise SystemExit("only plain models ship; this one has a method fitted")
-    state = load_file(given.run / "model.safetensors")
+    state = load_file(weights)
     half: dict[str, Tensor] = {
         n: t.half() if t.is_floating_point() else t for n, t in state.items()
     }
@@ -73,6 +75,8 @@ def main() -> None:
         "commit": commit,
         "seconds": result["seconds"],
         "machine": result["environment"],
+        "steps": result["steps"],
+        "stopped": result.get("stopped", False),
         "recipe": result["recipe"],
     }
     facts_path.write_text(json.dumps(facts, indent=1) + "\n")
@@ -80,15 +84,48 @@ def main() -> None:
     print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {score.accuracy:.2f} %")
 
 
+def finished(run: Path) -> tuple[dict[str, Any], Path] | None:
+    """The result of a finished run and its weights."""
+    path = run / "result.json"
+    return (json.loads(path.read_text()), run / "model.safetensors") if path.is_file() else None
+
+
+def stopped(run: Path) -> tuple[dict[str, Any], Path]:
+    """The same of the last checkpoint of a run that was stopped."""
+    last = latest(run / "checkpoints")
+    if last is None:
+        raise SystemExit(f"{run} holds neither a result nor a checkpoint")
+    facts = json.loads((last / "run.json").read_text())
+    average = last / "average.safetensors"
+    weights = average if average.is_file() else last / "model.safetensors"
+    recipe = parse_recipe(facts["recipe"])
+    made = [row for row in rows(run / "steps.csv") if int(row["step"]) <= facts["step"]]
+    return {
+        "recipe": facts["recipe"],
+        "stopped": True,
+        "steps": facts["step"],
+        "train_images": len(pictures(recipe.data.train).pictures),
+        "parameters": sum(t.numel() for t in load_file(weights).values()),
+        "seconds": float(made[-1]["seconds"]),
+        "environment": {**describe(), "threads": 1},
+    }, weights
+
+
 def card(name: str, facts: dict[str, Any], score: Score) -> str:
     """The model card as Markdown."""
     recipe = facts["recipe"]
     test = recipe["data"]["test"] or f"{recipe['data']['holdout']:.0%} of every class, held out"
     machine = facts["machine"]
-    rows = "\n".join(
+    table = "\n".join(
         f"| {i} | " + " | ".join(map(str, row)) + " |" for i, row in enumerate(facts["confusion"])
     )
     head = " | ".join(str(i) for i in range(len(facts["confusion"])))
+    budget = f"{recipe['epochs']} epochs, {facts['steps']} steps"
+    if facts["stopped"]:
+        seen = facts["steps"] * recipe["batch_size"] * recipe["accumulate"]
+        budget = (
+            f"stopped after step {facts['steps']} ({seen:,} images) of {recipe['epochs']} epochs"
+        )
     return f"""# transom/{name}
 
 A small model for tests and comparisons of methods. Trained on a small budget, it is not what its
@@ -101,7 +138,7 @@ architecture can reach; do not use it for anything else.
 | trained on | {Path(recipe["data"]["train"]).name}, {facts["train_images"]:,} images |
 | judged on | {Path(test).name}, {score.count:,} images |
 | accuracy | {score.accuracy:.2f} % (loss {score.loss:.4f}) |
-| budget | {recipe["epochs"]} epochs on {machine["device"]}, {machine["threads"]} thread(s): \
+| budget | {budget} on {machine["device"]}, {machine["threads"]} thread(s): \
 {facts["seconds"]:.0f} s beside other work |
 | seed | {recipe["seed"]} |
 | commit | {facts["commit"]} |
@@ -113,7 +150,7 @@ Confusion matrix, true class by predicted class:
 
 | | {head} |
 |{" --- |" * (len(facts["confusion"]) + 1)}
-{rows}
+{table}
 """
 
 
