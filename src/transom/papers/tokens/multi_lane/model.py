@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -385,6 +386,11 @@ def with_lanes(host: VisionTransformer, lanes: Lanes, num_classes: int | None = 
     """
     if type(host) is not VisionTransformer:
         raise HostError(f"got {type(host).__name__}; expected timm's plain VisionTransformer")
+    if host.cls_token is None or host.num_prefix_tokens != 1:
+        raise HostError(
+            f"the host has {host.num_prefix_tokens} prefix token(s); expected one class token and "
+            "no registers"
+        )
     block: Any = host.blocks[0]
     if num_classes is None:
         num_classes = 1 + max(c for task in lanes.class_mask for c in task)
@@ -404,7 +410,7 @@ def with_lanes(host: VisionTransformer, lanes: Lanes, num_classes: int | None = 
         init_values=None if isinstance(block.ls1, nn.Identity) else 1.0,
         pre_norm=not isinstance(host.norm_pre, nn.Identity),
         no_embed_class=host.no_embed_class,
-        norm_layer=lambda width: _like(block.norm1, width),
+        norm_layer=_like(block.norm1),
     )
     state = {n: v for n, v in host.state_dict().items() if not n.startswith("head.")}
     found = made.load_state_dict(state, strict=False)
@@ -419,7 +425,8 @@ def with_lanes(host: VisionTransformer, lanes: Lanes, num_classes: int | None = 
     return made.to(device=like.device, dtype=like.dtype).train(host.training)
 
 
-def _like(norm: nn.Module, width: int) -> nn.Module:
+def _like(norm: nn.Module) -> partial[nn.LayerNorm]:
+    """What makes norms of this kind."""
     if not isinstance(norm, nn.LayerNorm):
         raise HostError(f"the norms are {type(norm).__name__}; expected LayerNorm")
-    return nn.LayerNorm(width, norm.eps)
+    return partial(type(norm), eps=norm.eps)
