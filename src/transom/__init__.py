@@ -22,6 +22,7 @@ __all__ = [
     "fold",
     "intervene",
     "load",
+    "look",
     "registry",
     "remove",
     "restore",
@@ -36,4 +37,8 @@ def __getattr__(name: str) -> object:
         from transom.measure.compare import compare
 
         return compare
+    if name == "look":
+        from transom.lens.look import look
+
+        return look
     raise AttributeError(f"module 'transom' has no attribute {name!r}")

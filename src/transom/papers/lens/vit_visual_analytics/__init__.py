@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transom.lens.maps import Maps, maps_of
 from transom.papers.lens.vit_visual_analytics.importance import (
     METRICS,
     Importance,
@@ -37,7 +38,7 @@ from transom.papers.lens.vit_visual_analytics.importance import (
     pruning_curve,
 )
 from transom.papers.lens.vit_visual_analytics.patterns import Patterns, describe, find_patterns
-from transom.papers.lens.vit_visual_analytics.strength import Maps, Strength, maps_of, strength
+from transom.papers.lens.vit_visual_analytics.strength import Strength, strength
 from transom.registry import Offer
 
 __all__ = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import transom
 from transom.errors import TokensError
 
 Grid = tuple[int, int]
@@ -88,43 +87,3 @@ def strength(attention: Tensor, grid: Grid, prefix: int = 1) -> Strength:
         entropy,
         mean @ distances,
     )
-
-
-class Maps(NamedTuple):
-    """attention: of each layer (B, H, N, N); grid (h, w); prefix tokens in front."""
-
-    attention: list[Tensor]
-    grid: Grid
-    prefix: int
-
-
-@torch.no_grad()
-def maps_of(model: nn.Module, images: Tensor) -> Maps:
-    """Attention of every layer of an image host.
-
-    Args:
-        model: with or without fitted methods that keep the tokens.
-        images: (B, 3, H, W) as the model wants them.
-
-    Raises:
-        TokensError: tokens leave on the way, or attention is within windows.
-    """
-    host = transom.hosts.find(model)
-    with transom.capture(model, "blocks.*.attention.probabilities", check=False) as seen:
-        model(images)
-    found = list(seen.values())
-    n = found[0].shape[-1] - host.prefix
-    grid = host.grid if host.grid and host.grid[0] * host.grid[1] == n else _square(n)
-    for i, each in enumerate(found):
-        if grid is None or each.shape[-2:] != found[0].shape[-2:] or len(each) != len(images):
-            raise TokensError(
-                f"the attention of layer {i} has the shape {tuple(each.shape)}; expected all "
-                "patches of a grid in every layer (no windows, no method that removes tokens)"
-            )
-    assert grid is not None
-    return Maps(found, grid, host.prefix)
-
-
-def _square(n: int) -> Grid | None:
-    side = round(n**0.5)
-    return (side, side) if side * side == n and n else None
