@@ -246,8 +246,11 @@ def windows(
         SettingsError: a window reaches beyond the signal.
     """
     bins = round(2 * around / step) + 1
-    centres = onsets.double()[:, None] + torch.linspace(-around, around, bins).double()
-    starts = ((centres - width / 2) * rate).round().long()
+    offsets = torch.linspace(-around, around, bins, dtype=torch.float64)
+    centres = onsets.double()[:, None] + offsets
+    # rounded apart, so that every event has the same windows
+    starts = (onsets.double() * rate).round().long()[:, None]
+    starts = starts + ((offsets - width / 2) * rate).round().long()
     length = max(1, round(width * rate))
     if int(starts.min()) < 0 or int(starts.max()) + length > signal.shape[1]:
         raise SettingsError(

@@ -62,7 +62,8 @@ def bootstrap(
     Args:
         features: (n, f) by the model's name.
         targets: (n, E).
-        draws: of events.
+        draws: of events. No p value gets below 1 / (draws + 1), which adjustment for E targets
+            multiplies by up to E: with too few draws nothing can be found.
         seed: of the draws.
         **options: of :func:`encode`.
 

@@ -29,9 +29,9 @@ def train(
     d: int = 5,
     length: int = 40,
     noise: float = 0.1,
-    steps: int = 8000,
+    steps: int = 2500,
     batch: int = 256,
-    lr: float = 3e-3,
+    lr: float = 1e-2,
     seed: int = 0,
     linear: bool = False,
     watch: Watch | None = None,
@@ -132,7 +132,9 @@ def run(
     d: int = 5,
     length: int = 40,
     noise: float = 0.1,
-    steps: int = 8000,
+    steps: int = 2500,
+    batch: int = 256,
+    lr: float = 1e-2,
     seed: int = 0,
     watch: Watch | None = None,
 ) -> Outcome:
@@ -145,6 +147,8 @@ def run(
             long.
         noise: variance of the noise on a response.
         steps: of each training.
+        batch: tasks of a step.
+        lr: learning rate at the start.
         seed: of weights and tasks.
         watch: called with the number of finished steps and of all.
 
@@ -165,6 +169,8 @@ def run(
             length=length,
             noise=noise,
             steps=steps,
+            batch=batch,
+            lr=lr,
             seed=seed,
             linear=name == "linear",
             watch=told,

@@ -157,6 +157,8 @@ def picture(result: Sweep, path: str | Path) -> Path:
             seen = result.sharpness[regime][width]
             below.plot(result.steps[: len(seen)], seen, color=colour)
         above.set(title=regime, xscale="log", yscale="log", xlabel="learning rate")
+        above.set_xticks(result.rates, [f"{rate:g}" for rate in result.rates])
+        above.minorticks_off()
         below.axhline(2 / result.watched, color="grey", linestyle=":", label="2 / learning rate")
         below.set(xlabel=f"step, learning rate {result.watched:g}", yscale="log")
     axes[0, 0].set_ylabel("final loss")
