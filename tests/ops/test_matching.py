@@ -33,8 +33,14 @@ def kth(metric: Tensor, r: int, prefix: int) -> Matching:
     return found.behind(prefix)
 
 
+def complete(metric: Tensor, r: int, prefix: int) -> Matching:
+    """Any token may flow into any other one."""
+    return m.complete(metric, r, reserved=m.Reserved(prefix))
+
+
 MATCHERS: dict[str, Matcher] = {
     "bipartite": m.bipartite,
+    "complete": complete,
     "energy_pairs": by_energy(m.energy_pairs),
     "energy_bipartite": by_energy(m.energy_bipartite),
     "energy_halves": by_energy(m.energy_halves),
