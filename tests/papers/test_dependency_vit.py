@@ -20,6 +20,7 @@ from transom.papers.tokens.dependency_vit import (
     draw_tree,
     grow,
 )
+from transom.papers.tokens.dependency_vit import backbone as backbones
 from transom.papers.tokens.dependency_vit.attention import sending
 from transom.papers.tokens.dependency_vit.backbone import Flow
 from transom.papers.tokens.dependency_vit.method import mixers
@@ -281,3 +282,57 @@ def test_the_drawing_joins_children_to_parents() -> None:
         draw_tree(image / 1.0, tree, (2, 3))
     with pytest.raises(DataError, match="at least one pixel"):
         draw_tree(image[:1], tree, (2, 3))
+
+
+def planted(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise of 6 x 6 patches, four of which show one of four textures; also where they are."""
+    lines = (torch.arange(8) % 2 * 2.0 - 1)[:, None].expand(8, 8)
+    coarse = (torch.arange(8) // 2 % 2 * 2.0 - 1)[:, None].expand(8, 8)
+    textures = torch.stack([lines, lines.T, lines * lines.T, coarse])
+    x = 0.7 * torch.randn(count, 3, 24, 24, generator=rng)
+    label = torch.randint(0, 4, (count,), generator=rng)
+    rows, columns = torch.randint(0, 5, (2, count), generator=rng).tolist()
+    inside = torch.zeros(count, 6, 6, dtype=torch.bool)
+    for i, (r, c) in enumerate(zip(rows, columns, strict=True)):
+        x[i, :, 4 * r : 4 * r + 8, 4 * c : 4 * c + 8] += textures[label[i]]
+        inside[i, r : r + 2, c : c + 2] = True
+    return x, label, inside.flatten(1)
+
+
+def test_a_trained_lite_model_keeps_the_object(monkeypatch) -> None:
+    torch.manual_seed(1)
+    model = DependencyViT(
+        img_size=24,
+        patch_size=4,
+        num_classes=4,
+        embed_dim=32,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+        init_values=1.0,
+        prune_layers=(1,),
+        prune_ratio=0.4,
+    )
+    rng = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=120)
+    for _ in range(120):
+        x, label, _ = planted(48, rng)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), label).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+    model.eval()
+    x, label, inside = planted(512, torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        place = model.blocks[0](model.embed(x)).place
+        stays = inside.gather(1, place).sum() / inside.sum()
+        right = (model(x).argmax(1) == label).float().mean()
+        monkeypatch.setattr(
+            backbones, "loudest", lambda m, keep: torch.rand_like(m).argsort(-1)[:, :keep]
+        )
+        control = (model(x).argmax(1) == label).float().mean()
+    assert stays > 0.75, "21 of 36 patches stay, so chance is 0.58"
+    assert right > 0.97
+    assert right - control > 0.03, "patches at random would do as well"
