@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import transom
-from transom.errors import SettingsError
+from transom.errors import FitError, SettingsError
 from transom.papers.attention.spectformer import (
     HierarchicalSpectFormer,
     IsotropicSpectFormer,
@@ -145,3 +145,13 @@ def test_heads_have_to_divide_the_width() -> None:
         IsotropicSpectFormer(embed_dim=256, num_heads=6)
     with pytest.raises(SettingsError, match="alpha"):
         IsotropicSpectFormer(depth=2, alpha=3)
+
+
+def test_a_class_token_needs_attention_somewhere() -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2
+    )
+    with pytest.raises(FitError, match="never see a patch"):
+        transom.apply(model, "spectformer", alpha=3)
+    transom.apply(model, "spectformer")
+    assert [bool(f.slots()) for f in transom.fittings(model)[0].fills] == [True, False, False]

@@ -100,15 +100,16 @@ class SpectFormer(Method):
     """Spectral gates instead of attention in the first blocks.
 
     Attributes:
-        alpha: how many blocks, from the first on; a host with fewer gets one in each.
+        alpha: how many blocks, from the first on; None takes a third of them, as the paper does. A
+            host of which only the class token is read has to keep attention in at least one.
     """
 
-    alpha: int = 4
+    alpha: int | None = None
     needs_grid = True
     needs_training = True
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
+        if self.alpha is not None and self.alpha < 0:
             raise SettingsError(f"alpha is {self.alpha}; expected a number of blocks, at least 0")
 
     def fit(self, host: Host) -> list[Fill]:
@@ -117,8 +118,15 @@ class SpectFormer(Method):
                 f"spectformer filters the grid of the patches, and that of this {host.family} host "
                 "is not known; fit it to a host with square images and patches"
             )
+        alpha = max(1, round(host.depth / 3)) if self.alpha is None else self.alpha
+        if host.reads == "class token" and alpha >= host.depth:
+            raise FitError(
+                f"alpha is {alpha}, but this {host.family} has {host.depth} blocks and only its "
+                "class token is read, which gates do not reach: it would never see a patch. Leave "
+                "attention in the last blocks"
+            )
         return [
-            Fill(mixer=GatedPatches(host.width, host.grid)) if i < self.alpha else Fill()
+            Fill(mixer=GatedPatches(host.width, host.grid)) if i < alpha else Fill()
             for i in range(host.depth)
         ]
 
