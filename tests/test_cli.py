@@ -136,3 +136,28 @@ def test_export_is_checked_and_timed(
     assert run(monkeypatch, *words) == 0
     assert "largest difference" in capsys.readouterr().out
     assert path.stat().st_size > 1e6
+
+
+def test_lab_icl_trains_and_draws(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "icl.png"
+    assert run(monkeypatch, "lab", "icl", "--steps", "3", "--length", "8", "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "32 examples" in said
+    assert "ridge (Bayes)" in said
+    assert Image.open(out).size[0] > 500
+
+
+def test_lab_lr_transfer_trains_and_draws(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "lr.png"
+    words = ("lab", "lr-transfer", "--widths", "4,8", "--steps", "4", "--depth", "1")
+    assert run(monkeypatch, *words, "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "width 8" in said
+    assert "ntk" in said
+    assert Image.open(out).size[0] > 500
+    assert run(monkeypatch, "lab", "lr-transfer", "--widths", "4,x") == 1
+    assert "--widths" in capsys.readouterr().err

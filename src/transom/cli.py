@@ -341,6 +341,87 @@ def look(
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
+lab = typer.Typer(help="Small experiments that train on a CPU and show what a paper claims.")
+app.add_typer(lab, name="lab", no_args_is_help=True)
+
+
+@lab.command("icl")
+def lab_icl(
+    heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 2,
+    covariates: Annotated[int, typer.Option(min=1, help="Of a task.")] = 5,
+    length: Annotated[int, typer.Option(min=1, help="Examples of a prompt.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Of each of three trainings.")] = 2500,
+    seed: Annotated[int, typer.Option(help="Of weights and tasks.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("transom-icl.png"),
+) -> None:
+    """Train attention to regress in context, read its weights, compare it with the theory."""
+    from transom.papers.lens.icl_linear_regression import picture, run
+
+    _threads(threads)
+    with _Progress() as progress:
+        found = run(
+            heads=heads,
+            d=covariates,
+            length=length,
+            steps=steps,
+            seed=seed,
+            watch=progress.steps,
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("mean squared error")
+    for count in found.lengths:
+        table.add_column(f"{count} examples", justify="right")
+    rows = {
+        f"{heads} heads": found.error,
+        "1 head": found.single,
+        "linear attention": found.linear,
+        "ridge (Bayes)": found.bayes,
+    }
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[count]:.3f}" for count in found.lengths))
+    console.print(table)
+    seen = found.patterns
+    console.print(
+        f"heads: {', '.join(seen.roles())}; W_QK off its diagonal {seen.off_diagonal:.1%}, W_OV "
+        f"beside the response {seen.elsewhere:.1%}, |sum of mu| / sum of |mu| {seen.sum:.1%}; "
+        f"correlation with the debiased gradient step {found.agreement:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
+
+
+@lab.command("lr-transfer")
+def lab_lr_transfer(
+    widths: Annotated[str, typer.Option(help="Of the networks, between commas.")] = "16,32,64,128",
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 200,
+    depth: Annotated[int, typer.Option(min=1, help="Residual layers.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of data and weights.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("transom-lr-transfer.png"),
+) -> None:
+    """Train over widths and learning rates, in muP and NTK scaling, and watch the sharpness."""
+    from transom.papers.lens.lr_transfer import picture, sweep
+
+    _threads(threads)
+    try:
+        chosen = [int(width) for width in widths.split(",")]
+    except ValueError:
+        raise SettingsError(f"--widths is {widths!r}; expected numbers such as 16,32,64") from None
+    with _Progress() as progress:
+        found = sweep(chosen, steps=steps, depth=depth, seed=seed, watch=progress.steps)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("best learning rate")
+    for width in chosen:
+        table.add_column(f"width {width}", justify="right")
+    for regime in found.losses:
+        best = found.best(regime)
+        table.add_row(regime, *(f"{found.rates[best[width]]:g}" for width in chosen))
+    console.print(table)
+    console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def papers(
     words: Annotated[
@@ -528,6 +609,9 @@ class _Progress:
 
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
+
+    def steps(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, description="training")
 
     def __call__(self, row: Any, done: int, total: int) -> None:
         name = f"{row.method} {row.label}"

@@ -221,7 +221,7 @@ def picture(outcome: Outcome, path: str | Path) -> Path:
         limit = float(values.abs().max())
         for head in range(heads):
             axes = figure.add_subplot(grid[row, head])
-            axes.imshow(values[head], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axes.imshow(values[head].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
             axes.set(title=f"{name}, head {head} (±{limit:.2g})", xticks=[], yticks=[])
             axes.title.set_fontsize(9)
     axes = figure.add_subplot(grid[:, heads:])
