@@ -30,6 +30,8 @@ __all__ = [
     "trace",
 ]
 
+registry.rooms()  # backbones register with timm when their rooms are imported
+
 
 def __getattr__(name: str) -> object:
     # measuring needs matplotlib and friends, fitting does not

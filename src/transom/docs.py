@@ -200,11 +200,15 @@ def _coming() -> list[Card]:
 
 
 def _papers_in() -> list[str]:
-    rows = [
-        (f"[`{card.slug}`](docs/papers/{card.slug}.md)", card.title, card.family, str(card.year))
-        for card in _working()
-    ]
-    return _table(["slug", "paper", "family", "year"], rows)
+    rooms, records = registry.rooms(), parity()
+    rows = []
+    for card in _working():
+        record = records.get(card.slug)
+        golden = f"{record.passed} / {record.passed + record.failed}" if record else ""
+        link = f"[`{card.slug}`](docs/papers/{card.slug}.md)"
+        kinds = ", ".join(rooms[card.slug].kinds)
+        rows.append((link, card.title, card.family, str(card.year), kinds, golden))
+    return _table(["slug", "paper", "family", "year", "works as", "parity"], rows)
 
 
 def _papers_coming() -> list[str]:
