@@ -78,9 +78,7 @@ def plot_heads(table: dict[str, NDArray[Any]], mass: NDArray[Any], patterns: Any
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 10), layout="constrained")
-    axes = figure.subplots(3, 3)
-    shown = [
+    everything = [
         ("distribution", "importance: Jensen-Shannon divergence (nats)"),
         ("confidence_predicted", "importance: fall of confidence"),
         ("rank", "importance: mean rank (0 = most)"),
@@ -89,23 +87,25 @@ def plot_heads(table: dict[str, NDArray[Any]], mass: NDArray[Any], patterns: Any
         ("entropy", "entropy of attention (nats)"),
         ("content", "part of the attention that depends on the image"),
     ]
-    flat = axes.flatten()
+    shown = [(name, title) for name, title in everything if name in table]
+    rows = math.ceil((len(shown) + 2) / 3)
+    figure = Figure(figsize=(13, 0.5 + 3.2 * rows), layout="constrained")
+    flat = figure.subplots(rows, 3).flatten()
     for ax, (name, title) in zip(flat, shown, strict=False):
         ax.set_title(title, fontsize=9)
-        if name not in table:
-            ax.text(0.5, 0.5, "no classifier", ha="center", va="center")
-            ax.set_axis_off()
-            continue
         image = ax.imshow(table[name], aspect="auto", cmap="viridis")
         ax.set_xlabel("head")
         ax.set_ylabel("layer")
         figure.colorbar(image, ax=ax)
-    image = flat[7].imshow(mass.mean(1), aspect="auto", cmap="viridis")
-    flat[7].set_title("attention by distance, mean of heads", fontsize=9)
-    flat[7].set_xlabel("distance (patches)")
-    flat[7].set_ylabel("layer")
-    figure.colorbar(image, ax=flat[7])
-    _plot_patterns(flat[8], patterns, table)
+    rings, plane = flat[len(shown)], flat[len(shown) + 1]
+    image = rings.imshow(mass.mean(1), aspect="auto", cmap="viridis")
+    rings.set_title("attention by distance, mean of heads", fontsize=9)
+    rings.set_xlabel("distance (patches)")
+    rings.set_ylabel("layer")
+    figure.colorbar(image, ax=rings)
+    _plot_patterns(plane, patterns, table)
+    for ax in flat[len(shown) + 2 :]:
+        ax.set_axis_off()
     return figure
 
 
@@ -124,7 +124,7 @@ def _plot_patterns(ax: Any, patterns: Any, table: dict[str, NDArray[Any]]) -> No
     prototypes = patterns.prototypes.detach().cpu().numpy()
     for c, prototype in enumerate(prototypes[:8]):
         inset = ax.inset_axes((c / 8 + 0.005, -0.32, 0.115, 0.16))
-        inset.imshow(prototype, cmap="inferno")
+        inset.imshow(prototype.clip(0) ** 0.5, cmap="inferno")  # single patches get little
         inset.set_title(f"{c}", fontsize=6, pad=1)
         inset.set_xticks([])
         inset.set_yticks([])

@@ -47,6 +47,7 @@ EXPLAINED: dict[Lens, str] = {
     "5 times the mean of the patches.",
 }
 SINK = 5.0  # times the mean attention that makes a sink
+_WIDTHS = (128, 64, 32)  # a smaller autoencoder than the lens has by default: seconds, not minutes
 
 
 @dataclass
@@ -339,7 +340,9 @@ def _fates(model: nn.Module, x: Tensor, names: list[str], pixels: list[Pixels]) 
 def _heads(model: nn.Module, x: Tensor, labels: Tensor | None, seed: int) -> Look:
     offers = {o.name: o.build for o in registry.rooms()["vit-visual-analytics"].offers}
     classifies = _classifies(model, x)
-    found = offers["heads"](model, x, labels, importance=classifies, seed=seed)
+    found = offers["heads"](
+        model, x, labels, importance=classifies, seed=seed, widths=_WIDTHS, epochs=100
+    )
     table = {name: values.cpu().numpy() for name, values in found.table.items()}
     lines = []
     if classifies:
