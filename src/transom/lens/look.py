@@ -47,7 +47,7 @@ EXPLAINED: dict[Lens, str] = {
     "5 times the mean of the patches.",
 }
 SINK = 5.0  # times the mean attention that makes a sink
-_WIDTHS = (128, 64, 32)  # a smaller autoencoder than the lens has by default: seconds, not minutes
+_WIDTHS = (128, 64, 32)  # of the autoencoder; smaller than the default, whose first layer is slow
 
 
 @dataclass
