@@ -96,12 +96,14 @@ def plot_heads(table: dict[str, NDArray[Any]], mass: NDArray[Any], patterns: Any
         image = ax.imshow(table[name], aspect="auto", cmap="viridis")
         ax.set_xlabel("head")
         ax.set_ylabel("layer")
+        ax.locator_params(integer=True)
         figure.colorbar(image, ax=ax)
     rings, plane = flat[len(shown)], flat[len(shown) + 1]
     image = rings.imshow(mass.mean(1), aspect="auto", cmap="viridis")
     rings.set_title("attention by distance, mean of heads", fontsize=9)
     rings.set_xlabel("distance (patches)")
     rings.set_ylabel("layer")
+    rings.locator_params(integer=True)
     figure.colorbar(image, ax=rings)
     _plot_patterns(plane, patterns, table)
     for ax in flat[len(shown) + 2 :]:
