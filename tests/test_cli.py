@@ -105,7 +105,7 @@ def test_compare_writes_and_resumes(
         ),
         (
             ("compare", "--model", TINY, "--data", "{pictures}", "--weights", "{pictures}/0.png"),
-            "cannot be read as tensors",
+            "no checkpoint of tensors",
         ),
         (("export", "--model", TINY, "--to", "tflite"), "expected 'onnx' or 'pt2'"),
     ],

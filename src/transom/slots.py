@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
 from transom.ops import attention, rows
+from transom.projections import Projections
 from transom.tokens import Layout, Record, Tokens, representatives, restore
 from transom.watching import BlockWatch, trace_of, watches_of
 
@@ -246,38 +247,6 @@ class Fill:
             drops=self.drops or other.drops,
             renumbers=self.renumbers or other.renumbers,
         )
-
-
-Affine = tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Projections:
-    """What a host's attention projects with: weight (out, in) and bias (out,) of each, detached.
-
-    Attributes:
-        heads: number of them.
-        q, k, v, out: to queries, keys, values, and back to the stream.
-    """
-
-    heads: int
-    q: Affine
-    k: Affine
-    v: Affine
-    out: Affine
-
-
-def affine(linear: nn.Module) -> Affine:
-    """Weight and bias of a linear layer, detached."""
-    layer: Any = linear
-    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-
-
-def fused(weight: Tensor, bias: Tensor | None) -> tuple[Affine, Affine, Affine]:
-    """A fused projection (3 D, D) as three."""
-    biases = (None, None, None) if bias is None else bias.detach().chunk(3)
-    q, k, v = zip(weight.detach().chunk(3), biases, strict=True)
-    return q, k, v
 
 
 class BlockView(ABC):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transom.errors import FitError
 from transom.hosts import Host
 from transom.ops import reference
+from transom.projections import Projections
 from transom.registry import Method
-from transom.slots import Ask, BlockView, Fill, Part, Projections
+from transom.slots import Ask, BlockView, Fill, Part
 from transom.tokens import Record, Tokens
 
 

@@ -26,7 +26,7 @@ from transom.papers.attention.complexformer import (
     reference,
     turn,
 )
-from transom.slots import Projections, affine
+from transom.projections import Projections, affine
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -255,7 +255,8 @@ def test_a_host_in_training_begins_as_itself() -> None:
 @torch.no_grad()
 def test_padding_of_a_host_is_not_looked_at() -> None:
     from transom.papers.attention.slab.mixer import HostLinearAttention
-    from transom.slots import Ask, Projections
+    from transom.projections import Projections
+    from transom.slots import Ask
     from transom.tokens import Layout, Record
 
     torch.manual_seed(0)

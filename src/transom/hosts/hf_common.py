@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, parts, put
 from transom.ops import rows
-from transom.slots import Affine, Ask, BlockView, FittedStack, Projections, affine
+from transom.projections import Affine, Projections, affine
+from transom.slots import Ask, BlockView, FittedStack
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),

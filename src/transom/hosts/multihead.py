@@ -24,7 +24,8 @@ from transom.hosts.base import (
     parts,
     put,
 )
-from transom.slots import Ask, BlockView, FittedStack, Part, Projections, affine, fused
+from transom.projections import Projections, affine, fused
+from transom.slots import Ask, BlockView, FittedStack, Part
 
 # What a block may hold, in the order in which a branch is made.
 BLOCK = (

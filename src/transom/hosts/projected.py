@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from transom.errors import FitError
-from transom.slots import Affine, BlockView, Projections
+from transom.projections import Affine, Projections
+from transom.slots import BlockView
 
 
 class Projected(nn.Module):

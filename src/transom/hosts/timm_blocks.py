@@ -21,7 +21,8 @@ from transom.hosts.timm_attention import (
     padding,
     refuse_mask,
 )
-from transom.slots import Ask, BlockView, Part, Projections, affine, fused
+from transom.projections import Projections, affine, fused
+from transom.slots import Ask, BlockView, Part
 
 
 class TimmBlock(BlockView):

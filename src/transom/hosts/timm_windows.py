@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from transom.errors import HostError
 from transom.hosts.base import Host, example_pixels, parts
-from transom.slots import Ask, BlockView, FittedStack, Part, Projections, affine, fused
+from transom.projections import Projections, affine, fused
+from transom.slots import Ask, BlockView, FittedStack, Part
 from transom.tokens import Layout, Record
 
 FAMILIES = (

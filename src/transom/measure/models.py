@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transom import registry
+from transom.convert import read
 from transom.errors import CheckpointError, HostError
 
 
@@ -124,23 +125,7 @@ def _transformers(name: str) -> nn.Module:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read as tensors ({error}); expected a safetensors file or a "
-            "checkpoint that loads with weights_only=True"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
+    state = read(path)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         first = f"missing {missing[0]!r}" if missing else f"unknown {unexpected[0]!r}"

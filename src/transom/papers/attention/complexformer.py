@@ -45,8 +45,9 @@ from transom.errors import FitError, SettingsError, TokensError
 from transom.hosts.base import Host
 from transom.hosts.heads import head_shape
 from transom.ops import attention
+from transom.projections import Affine, Projections
 from transom.registry import Method, Offer
-from transom.slots import Affine, Fill, Projections
+from transom.slots import Fill
 from transom.tokens import Record
 
 BASE = 10000.0

@@ -23,8 +23,9 @@ from transom.papers.attention.moh.routing import (
     routers,
 )
 from transom.papers.attention.moh.skipping import Path, attend
+from transom.projections import Projections
 from transom.registry import Method, Training
-from transom.slots import Ask, Fill, Projections
+from transom.slots import Ask, Fill
 from transom.tokens import Record
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from transom.errors import FitError
 from transom.papers.attention.slab.attention import depthwise, linear_attention, local
-from transom.slots import Affine, Ask, Projections
+from transom.projections import Affine, Projections
+from transom.slots import Ask
 
 
 class HostLinearAttention(nn.Module):

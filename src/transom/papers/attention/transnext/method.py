@@ -15,8 +15,9 @@ from transom.hosts.base import Host
 from transom.ops import attention
 from transom.papers.attention.transnext.geometry import geometry
 from transom.papers.attention.transnext.mixer import AggregatedAttention, ConvGLU
+from transom.projections import Affine, Projections
 from transom.registry import Method
-from transom.slots import Affine, Ask, Fill, Projections
+from transom.slots import Ask, Fill
 from transom.tokens import Record
 
 

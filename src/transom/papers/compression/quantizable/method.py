@@ -21,8 +21,9 @@ from transom.papers.compression.quantizable.attention import (
     gate_values,
     stretch,
 )
+from transom.projections import Projections
 from transom.registry import Method
-from transom.slots import Ask, Fill, Projections
+from transom.slots import Ask, Fill
 from transom.tokens import Record
 
 

@@ -22,8 +22,9 @@ from transom.papers.tokens.dependency_vit.attention import (
     sending,
 )
 from transom.papers.tokens.dependency_vit.pruning import kept, loudest, schedule
+from transom.projections import Projections
 from transom.registry import Method
-from transom.slots import Ask, Fill, Projections
+from transom.slots import Ask, Fill
 from transom.tokens import Record, Tokens
 
 
