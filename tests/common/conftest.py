@@ -29,6 +29,8 @@ LONG = (
     *("test_checkpointing_changes_no_gradient", "test_bfloat16", "test_features_only"),
     *("test_intermediates_are_maps_of_the_run", "test_an_image_does_not_depend_on_its_batch"),
     *("test_is_registered_with_a_configuration", "test_has_the_published_cost"),
+    *("test_classifier_can_be_changed", "test_loads_its_own_state"),
+    *("test_groups_hold_every_parameter",),
 )
 
 
