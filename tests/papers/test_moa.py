@@ -130,6 +130,19 @@ def test_ragged_decoding_is_dense_attention_with_the_masks(name: str, heads: int
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+@torch.no_grad()
+def test_a_prompt_without_padding_goes_block_by_block(heads: int) -> None:
+    model, plan = TEXT["llama"](), plan_of(heads)
+    other, ids = copy.deepcopy(model), torch.randint(3, 50, (2, 30))
+    plain = model(ids, use_cache=False).logits
+    transom.apply(model, MoA.of(plan, **SMALL))
+    transom.apply(other, WrittenMethod(plan, Cut(**SMALL), 30))
+    got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, other(ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, plain, atol=1e-3)
+
+
 @torch.no_grad()
 def test_a_wide_plan_is_the_plain_model() -> None:
     model, given = TEXT["qwen3"](), words()
