@@ -79,9 +79,10 @@ def plans(importance: Tensor, profiled: int, length: int, density: float) -> dic
     """The window and the plan of one density."""
     layers, heads = importance.shape[:2]
     space = candidates(profiled, max(length, profiled), profiled // 2, step=profiled // 8)
-    # the search counts the sink on top of a span, a cache holds it inside
+    # the search counts the sink on top of a span, a cache holds it inside; without the budget at
+    # the profiled length, spans that reach over all of that would be free of any loss
     budget = min(1.0, density + 64 / length)
-    plan = search({profiled: importance}, space, budget=budget, lengths=[length])
+    plan = search({profiled: importance}, space, budget=budget, lengths=[profiled, length])
     return {"uniform": Plan.uniform(layers, heads, 0.0, density), "plan": plan}
 
 
