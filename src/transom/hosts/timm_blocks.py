@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transom.errors import HostError
 from transom.hosts.base import parts
 from transom.hosts.timm_attention import (
+    Relative,
+    Rotary,
+    Standard,
     answer_for,
     differential,
     left_to_obey,
@@ -100,7 +103,7 @@ class TimmBlock(BlockView):
 
     def projections(self) -> Projections | None:
         m = getattr(self.module, "attn", None)
-        if m is None or getattr(m, "proj", None) is None or not hasattr(m, "qkv"):
+        if m is None or type(self.answers[0]) not in (Standard, Rotary, Relative):
             return None
         if m.qkv is None:
             q, k, v = (affine(linear) for linear in (m.q_proj, m.k_proj, m.v_proj))

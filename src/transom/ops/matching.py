@@ -189,14 +189,15 @@ def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
     return distance.square_().mul_(-0.5).exp_().mean(-1) / (width * (2 * torch.pi) ** 0.5)
 
 
-def _similarity(metric: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each token of `a` with each of `b`."""
-    return unit(rows.take(metric, a)) @ unit(rows.take(metric, b)).mT
+def _similarity(metric: Tensor, prefix: int, a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each token of `a` with each of `b`, counted behind the prefix."""
+    units = unit(metric[:, prefix:])  # all at once costs less than two copies of a part
+    return rows.take(units, a) @ rows.take(units, b).mT
 
 
 def _flow(metric: Tensor, a: Tensor, b: Tensor, rest: Tensor, prefix: int) -> Matching:
     """Each token of `a` flows into the most similar one of `b`; `rest` stays in front of `b`."""
-    into = rest.shape[1] + _similarity(metric[:, prefix:], a, b).argmax(-1)
+    into = rest.shape[1] + _similarity(metric, prefix, a, b).argmax(-1)
     return Matching(torch.cat([rest, b], 1), a, into).behind(prefix)
 
 
@@ -233,7 +234,7 @@ def energy_bipartite(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> 
     """
     order = descending(score)
     a, b = order[:, ::2], order[:, 1::2]
-    similarity = _similarity(metric[:, prefix:], a, b)
+    similarity = _similarity(metric, prefix, a, b)
     ranks = descending(similarity.amax(-1))
     source, unmerged = ranks[:, :r], ranks[:, r:]
     into = unmerged.shape[1] + rows.take(similarity, source).argmax(-1)
