@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
     """Fills the slot `tokenizer`."""
 
     def __call__(self, pixels: Tensor, embed: Embed, patch: tuple[int, int]) -> Tensor:
-        """Patches, channels last, laid out as `embed` lays them out.
+        """Patches, channels last: a map (B, h, w, D), or laid out as `embed` lays them out.
 
         Args:
             pixels: (B, C, H, W).

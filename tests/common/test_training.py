@@ -148,9 +148,11 @@ def test_gradients_reach_every_parameter(method: str, host: str) -> None:
 
 
 def _replaced(model: nn.Module) -> set[str]:
-    """Names of the parameters whose part of a block is replaced by what is fitted."""
+    """Names of the parameters whose part of the host is replaced by what is fitted."""
     found = set()
     for f in transom.fittings(model):
+        if f.front.tokenizer is not None:
+            found |= {id(p) for n, p in model.named_parameters() if "patch_embed" in n}
         for view, fill in zip(f.host.views, f.fills, strict=True):
             instead = (fill.norms[0], fill.mixer, fill.norms[1], fill.ffn)
             for name, new in zip(get_args(Part), instead, strict=True):

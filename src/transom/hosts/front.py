@@ -65,7 +65,9 @@ class Tokenize:
         if tokenizer is None:
             return type(self.module).forward(self.module, pixels, *args, **kwargs)
         if not isinstance(self.module, nn.Conv2d):
-            return tokenizer(pixels, lambda x: self._embed(x, *args, **kwargs), self.patch)
+            out = tokenizer(pixels, lambda x: self._embed(x, *args, **kwargs), self.patch)
+            sequence = getattr(self.module, "flatten", True)
+            return out.flatten(1, 2) if out.dim() == 4 and sequence else out
         out = tokenizer(pixels, lambda x: self._embed(x).movedim(1, -1), self.patch)
         return out.movedim(-1, 1)
 

@@ -158,18 +158,9 @@ def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
     Returns:
         (B, T).
     """
-    count = metric.shape[1]
     metric = unit(metric)
-    first, second = metric.tensor_split((count // 2,), 1)
-
-    def gains(a: Tensor, b: Tensor) -> Tensor:
-        return F.elu((a @ b.mT).sub_(margin), alpha=alpha, inplace=True)
-
-    # symmetric, so that one of the two blocks off the diagonal is enough
-    across = gains(first, second)
-    above = gains(first, first).sum(-1) + across.sum(-1)
-    below = gains(second, second).sum(-1) + across.sum(-2)
-    return torch.cat([above, below], 1) / count
+    # half of it would do, as it is symmetric, but three smaller products take longer on two cores
+    return F.elu((metric @ metric.mT).sub_(margin), alpha=alpha, inplace=True).mean(-1)
 
 
 @torch.no_grad()

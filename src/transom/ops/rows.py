@@ -46,6 +46,10 @@ def add_(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
         `x`.
     """
     batch, rows, width = x.shape
-    place = _flat(index, rows)[:, None].expand(-1, width)
-    x.view(batch * rows, width).scatter_add_(0, place, values.reshape(-1, width))
+    place, flat = _flat(index, rows), x.view(batch * rows, width)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # scatter_add_ sorts its rows first, in many parallel steps that cost more than the work
+        flat.index_put_((place,), values.reshape(-1, width), accumulate=True)
+    else:
+        flat.scatter_add_(0, place[:, None].expand(-1, width), values.reshape(-1, width))
     return x

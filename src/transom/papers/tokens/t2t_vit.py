@@ -223,16 +223,14 @@ class SoftSplit(nn.Module):
         patch: size of its patches in pixels.
         token_dim: width of the layers between the splits.
         kind: of these layers.
-        as_map: whether the host lays patches out as a map instead of a sequence.
     """
 
-    def __init__(self, width: int, patch: int, token_dim: int, kind: Kind, as_map: bool) -> None:
+    def __init__(self, width: int, patch: int, token_dim: int, kind: Kind) -> None:
         super().__init__()
-        self.as_map = as_map
         self.split = TokensToToken(patch, patch, embed_dim=width, token_dim=token_dim, kind=kind)
 
     def forward(self, pixels: Tensor, embed: Embed, patch: tuple[int, int]) -> Tensor:
-        """Tokens of the pixels (B, 3, H, W), laid out as the host lays out its own."""
+        """Tokens (B, h, w, D) of the pixels (B, 3, H, W)."""
         sides = pixels.shape[-2] % patch[0], pixels.shape[-1] % patch[1]
         if any(sides):
             raise TokensError(
@@ -240,7 +238,7 @@ class SoftSplit(nn.Module):
             )
         tokens = self.split.tokens(pixels)
         grid = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
-        return tokens.unflatten(1, grid) if self.as_map else tokens
+        return tokens.unflatten(1, grid)
 
 
 def _patch(host: Host) -> int:
@@ -285,7 +283,4 @@ class T2T(Method):
     def front(self, host: Host) -> Front:
         if host.modality != "image":
             raise FitError(f"t2t-vit cuts images, and this {host.family} takes {host.modality}")
-        # timm's patch embedding is replaced as a whole, everywhere else a convolution
-        embed: Any = getattr(host.root, "patch_embed", None)
-        as_map = embed is None or not embed.flatten
-        return Front(SoftSplit(host.width, _patch(host), self.token_dim, self.tokens_type, as_map))
+        return Front(SoftSplit(host.width, _patch(host), self.token_dim, self.tokens_type))
