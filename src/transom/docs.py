@@ -163,7 +163,16 @@ def _default(field: dataclasses.Field[object]) -> str:
     else:
         return ""
     # As the formatter writes it, so that the page's code passes the same checks as the rest.
-    return f'`"{value}"`' if isinstance(value, str) else f"`{value!r}`"
+    return f"`{_literal(value)}`"
+
+
+def _literal(value: object) -> str:
+    """A value in Python, with double quotes."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple) and value:
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
 
 
 def _meanings(method: type) -> dict[str, str]:
