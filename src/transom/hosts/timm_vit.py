@@ -7,9 +7,8 @@ the encoders of Qwen3 and DeepSeek. Which blocks and attentions they may hold is
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from transom.errors import HostError
 from transom.hosts.base import Change, Host, Reads, RestoredIntermediates, example_pixels, put
 from transom.hosts.timm_attention import Rotary
 from transom.hosts.timm_blocks import TimmBlock, view_of
+from transom.hosts.timm_families import members
 from transom.slots import FittedStack
 
 FAMILIES = (
@@ -41,18 +41,6 @@ CLOSED = {
 }
 
 
-@cache
-def _classes() -> dict[type[nn.Module], str]:
-    """The classes of FAMILIES that the installed timm has."""
-    found = {}
-    for module, name in FAMILIES:
-        try:
-            found[getattr(importlib.import_module(f"timm.models.{module}"), name)] = name
-        except (ImportError, AttributeError):
-            continue  # an earlier timm has fewer of them
-    return found
-
-
 def find(model: nn.Module) -> Iterator[Host]:
     """Every such transformer of timm in `model`.
 
@@ -65,11 +53,8 @@ def find(model: nn.Module) -> Iterator[Host]:
     Raises:
         HostError: one of them holds a part that is not known.
     """
-    classes = _classes()
-    for name, module in model.named_modules():
-        family = next((f for cls, f in classes.items() if isinstance(module, cls)), None)
-        if family is not None:
-            yield _host(module, name, family)
+    for name, module, family in members(model, FAMILIES):
+        yield _host(module, name, family)
 
 
 def _host(root: Any, name: str, family: str) -> Host:

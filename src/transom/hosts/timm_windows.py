@@ -7,10 +7,9 @@ be replaced; an attention operator sees one window at a time. Tested with timm 1
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from transom.errors import HostError
 from transom.hosts.base import Host, example_pixels, parts
+from transom.hosts.timm_families import members
 from transom.projections import Projections, affine, fused
 from transom.slots import Ask, BlockView, FittedStack, Part
 from transom.tokens import Layout, Record
@@ -256,17 +256,6 @@ VIEWS: dict[str, tuple[str, type[WindowBlock]]] = {
 }
 
 
-@cache
-def _classes() -> dict[type[nn.Module], str]:
-    found = {}
-    for module, name in FAMILIES:
-        try:
-            found[getattr(importlib.import_module(f"timm.models.{module}"), name)] = name
-        except (ImportError, AttributeError):
-            continue  # an earlier timm has fewer of them
-    return found
-
-
 def find(model: nn.Module) -> Iterator[Host]:
     """Every such transformer of timm in `model`.
 
@@ -279,11 +268,8 @@ def find(model: nn.Module) -> Iterator[Host]:
     Raises:
         HostError: one of them holds a part that is not known.
     """
-    classes = _classes()
-    for name, module in model.named_modules():
-        family = next((f for cls, f in classes.items() if isinstance(module, cls)), None)
-        if family is not None:
-            yield _host(module, name, family)
+    for name, module, family in members(model, FAMILIES):
+        yield _host(module, name, family)
 
 
 def _host(root: Any, name: str, family: str) -> Host:
