@@ -213,11 +213,13 @@ def test_the_loss_spreads_tokens_over_heads() -> None:
     assert _trained(1.0) > _trained(0.0) + 0.05
 
 
-def test_where_it_pays() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_where_it_pays(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the path "auto" takes: short sequences and small savings are computed densely."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert not pays(50, 0.6)
-    assert pays(197, 0.6) and not pays(197, 0.85)
-    assert pays(1024, 0.85) and not pays(1024, 1.0)
+    assert pays(197, 0.6) is (threads == 1) and not pays(197, 0.85)
+    assert pays(1024, 0.75) and not pays(1024, 1.0)
 
 
 def test_what_cannot_be_routed_is_refused() -> None:

@@ -12,6 +12,7 @@ from transom.papers.attention.moh.routing import Gates
 
 Path = Literal["auto", "dense", "skip"]
 FEWEST, MOVING, ROWS = 64, 40, 0.3
+SHARED = 110.0  # moving with several threads, in keys
 LEAST = 4_000_000  # multiplications
 
 
@@ -122,11 +123,13 @@ def pays(keys: int, part: float, rows: bool = False) -> bool:
 
     Moving queries into groups costs as much as attending to some forty keys; a bias of its own for
     each query has to be moved, too, which costs as much as another ROWS of the attention that is
-    left (measured on one thread, float32, widths 32 and 64).
+    left (measured on one thread, float32, widths 32 and 64). With more threads attention gets
+    faster and moving does not: on two, groups lose at 196 keys and win at 784.
 
     Args:
         keys: number of them.
         part: of the (query, head) pairs that is left.
         rows: whether there is such a bias.
     """
-    return part * (1 + ROWS * rows) + MOVING / max(keys, 1) < 0.95
+    moving = MOVING if torch.get_num_threads() == 1 else SHARED
+    return part * (1 + ROWS * rows) + moving / max(keys, 1) < 0.95
