@@ -37,3 +37,15 @@ class ExportError(TransomError):
 
 class TrainingError(TransomError):
     """A training run cannot go on: its loss is no number, or its folder holds another run."""
+
+
+class FeedError(TransomError):
+    """A feed of papers cannot be read: its form is unknown, or one of its entries is broken."""
+
+
+class StoreError(TransomError):
+    """The database of the gallery cannot be opened, or does not hold what was asked for."""
+
+
+class MailError(TransomError):
+    """A mail cannot be sent: an address or the configuration is wrong, or the server refuses."""
