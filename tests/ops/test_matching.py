@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
@@ -21,7 +22,12 @@ Matcher = Callable[[Tensor, int, int], Matching]
 
 def by_energy(match: Callable[..., Matching]) -> Matcher:
     """The matchings that want an energy as well, with PiToMe's."""
-    return lambda metric, r, prefix: match(metric, m.energy(metric[:, prefix:], 0.5), r, prefix)
+
+    def matched(metric: Tensor, r: int, prefix: int) -> Matching:
+        units = m.unit(metric[:, prefix:])
+        return match(units, m.energy(units, 0.5), r, prefix)
+
+    return matched
 
 
 def kth(metric: Tensor, r: int, prefix: int) -> Matching:
@@ -159,10 +165,20 @@ def test_the_most_similar_pairs_go_first() -> None:
 def test_high_energy_is_a_crowd() -> None:
     metric = torch.eye(10)[None].clone()
     metric[0, :5] = metric[0, 0]
-    for score in (m.energy(metric, 0.5), m.gaussian_energy(metric, 0.5)):
+    for score in (m.energy(metric, 0.5), m.gaussian_energy(metric, 0.5)):  # of length one
         assert score[0, :5].min() > score[0, 5:].max()
     found = m.energy_pairs(metric, m.energy(metric, 0.5), 2)
     assert set(found.source[0].tolist()) <= set(range(5))
+
+
+@given(st.data(), st.floats(-0.5, 1.0), st.floats(0.2, 2.0))
+def test_energy_is_the_mean_elu(data: DataObject, margin: float, alpha: float) -> None:
+    units = m.unit(data.draw(features(2, 9)).double())
+    expected = F.elu(units @ units.mT - margin, alpha).mean(-1)
+    assert torch.allclose(m.energy(units, margin, alpha), expected, atol=1e-12)
+    low = m.energy(units.bfloat16(), margin, alpha)
+    assert low.dtype == torch.bfloat16
+    assert torch.allclose(low.double(), expected, atol=0.05)
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 40))

@@ -76,15 +76,15 @@ def test_by_energy(kind: str, ratio: float, prefix: int, side: str) -> None:
     def match(x: Tensor) -> Matching:
         count = x.shape[1] - prefix
         r = math.floor(count - count * ratio)
-        behind = x[:, prefix:]
+        behind = matching.unit(x[:, prefix:])
         if not r:  # the order by energy is not asked for when nothing leaves
             return nothing(x)
         if kind == "text":
             score = matching.gaussian_energy(behind, margin)
-            return matching.energy_halves(x, score, r, prefix)
+            return matching.energy_halves(behind, score, r, prefix)
         score = matching.energy(behind, margin)
         pick = matching.energy_pairs if kind == "pitome" else matching.energy_bipartite
-        return pick(x, score, r, prefix)
+        return pick(behind, score, r, prefix)
 
     expected = reference.alone(match, metric, valid)
     check(padded.by_energy(metric, valid, ratio, margin, kind, prefix), expected, valid)

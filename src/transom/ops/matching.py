@@ -107,9 +107,11 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
         stay = torch.arange(count, device=metric.device).expand(metric.shape[0], -1)
         return Matching(stay, stay[:, :0], stay[:, :0])
     metric = unit(metric)
-    scores = metric[:, ::2] @ metric[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
-    scores[:, : (prefix + 1) // 2] = -torch.inf
-    scores[:, :, : prefix // 2] = -torch.inf
+    scores = torch.bmm(metric[:, ::2], metric[:, 1::2].mT)  # (B, ceil(N/2), floor(N/2))
+    if prefix:
+        scores[:, : (prefix + 1) // 2] = -torch.inf
+    if prefix > 1:
+        scores[:, :, : prefix // 2] = -torch.inf
     order = descending(scores.amax(-1))
     source, unmerged = order[:, :r], order[:, r:]
     if prefix:
@@ -146,118 +148,122 @@ def every_kth(metric: Tensor, k: int) -> Matching:
 
 
 @torch.no_grad()
-def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+def energy(units: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
     """PiToMe's energy: mean over all tokens j of ELU(cos(i, j) - margin) (Tran et al. 2024, eq. 4).
 
     High energy marks a member of a large group of similar tokens, low energy an isolated one.
 
     Args:
-        metric: (B, T, c).
+        units: (B, T, c), rows of :func:`unit`.
         margin: similarity above which a neighbour counts in full.
         alpha: saturation of the ELU below the margin.
 
     Returns:
         (B, T).
     """
-    metric = unit(metric)
-    cosine = metric @ metric.mT
-    full = metric.dtype in (torch.float32, torch.float64)
-    if not full or metric.device.type != "cpu" or torch.compiler.is_compiling():
+    cosine = torch.bmm(units, units.mT)
+    full = units.dtype in (torch.float32, torch.float64)
+    if not full or units.device.type != "cpu" or torch.compiler.is_compiling():
         return F.elu(cosine.sub_(margin), alpha=alpha, inplace=True).mean(-1)
     # With z = min(cos, margin), ELU(cos - margin) = cos - z + alpha (exp(z - margin) - 1). The
     # expm1 inside torch's ELU takes six times as long on a CPU as an exp, whose rounding near
-    # zero is nothing beside the mean; and the mean of the cosines needs no pass over them.
-    mean = (metric @ metric.mean(1)[..., None])[..., 0]
-    below = cosine.clamp_(max=margin)
-    linear = mean - below.mean(-1)
-    return linear.add_(below.exp_().mean(-1), alpha=alpha * math.exp(-margin)).sub_(alpha)
+    # zero is nothing beside the mean; and the sum of the cosines needs no pass over them.
+    total = torch.bmm(units, units.sum(1, keepdim=True).mT)[..., 0]
+    total -= cosine.clamp_(max=margin).sum(-1)
+    total.add_(cosine.exp_().sum(-1), alpha=alpha * math.exp(-margin))
+    return total.mul_(1 / units.shape[1]).sub_(alpha)
 
 
 @torch.no_grad()
-def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
+def gaussian_energy(units: Tensor, margin: float) -> Tensor:
     """PiToMe's energy for text: mean Gaussian kernel of 1 - cos(i, j) with width 1 - margin.
 
     Args:
-        metric: (B, T, c).
+        units: (B, T, c), rows of :func:`unit`.
         margin: below 1.
 
     Returns:
         (B, T).
     """
-    metric = unit(metric)
     width = 1.0 - margin
-    distance = (1.0 - metric @ metric.mT) / width
+    distance = (1.0 - torch.bmm(units, units.mT)) / width
     return distance.square_().mul_(-0.5).exp_().mean(-1) / (width * (2 * torch.pi) ** 0.5)
 
 
-def _similarity(metric: Tensor, prefix: int, a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each token of `a` with each of `b`, counted behind the prefix."""
-    units = unit(metric[:, prefix:])  # all at once costs less than two copies of a part
-    return rows.take(units, a) @ rows.take(units, b).mT
+def _flow(order: Tensor, a: Tensor, b: Tensor, into: Tensor, prefix: int) -> Matching:
+    """Tokens `a` flow into `b` at the places `into`; those of `order` stay in front of `b`.
 
-
-def _flow(metric: Tensor, a: Tensor, b: Tensor, rest: Tensor, prefix: int) -> Matching:
-    """Each token of `a` flows into the most similar one of `b`; `rest` stays in front of `b`."""
-    into = rest.shape[1] + _similarity(metric, prefix, a, b).argmax(-1)
-    return Matching(torch.cat([rest, b], 1), a, into).behind(prefix)
+    All four are counted behind the prefix, which stays in front of everything.
+    """
+    front = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
+    keep = torch.cat([front, order + prefix, b + prefix], 1)
+    return Matching(keep, a + prefix, into + (prefix + order.shape[1]))
 
 
 @torch.no_grad()
-def energy_pairs(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+def energy_pairs(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
     """PiToMe: of the 2r tokens with the highest energy, each second one flows into its best other.
 
     Args:
-        metric: (B, N, c).
-        score: (B, N - prefix), the energy of the tokens behind the prefix.
-        r: tokens to remove, at most half of N - prefix.
+        units: (B, T, c), rows of :func:`unit`, of the tokens behind the prefix.
+        score: (B, T), their energy.
+        r: tokens to remove, at most half of T.
         prefix: number of leading tokens that are left alone.
 
     Returns:
-        A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
+        A matching of prefix + T tokens, r fewer afterwards: prefix, the rest by descending energy,
+        then the destinations.
     """
     order = descending(score)
-    a, b, rest = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    return _flow(metric, a, b, rest, prefix)
+    pairs = order[:, : 2 * r]
+    high = rows.take(units, pairs)
+    into = torch.bmm(high[:, ::2], high[:, 1::2].mT).argmax(-1)
+    return _flow(order[:, 2 * r :], pairs[:, ::2], pairs[:, 1::2], into, prefix)
 
 
 @torch.no_grad()
-def energy_bipartite(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+def energy_bipartite(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
     """PiToMe's bipartite variant: ToMe's matching over tokens ordered by energy.
 
     Args:
-        metric: (B, N, c).
-        score: (B, N - prefix), the energy of the tokens behind the prefix.
-        r: tokens to remove, at most half of N - prefix.
+        units: (B, T, c), rows of :func:`unit`, of the tokens behind the prefix.
+        score: (B, T), their energy.
+        r: tokens to remove, at most half of T.
         prefix: number of leading tokens that are left alone.
 
     Returns:
-        A matching with M = N - r: prefix, unmerged by descending similarity, then destinations.
+        A matching of prefix + T tokens, r fewer afterwards: prefix, unmerged by descending
+        similarity, then the destinations.
     """
     order = descending(score)
     a, b = order[:, ::2], order[:, 1::2]
-    similarity = _similarity(metric, prefix, a, b)
+    ordered = rows.take(units, order)
+    similarity = torch.bmm(ordered[:, ::2], ordered[:, 1::2].mT)
     ranks = descending(similarity.amax(-1))
     source, unmerged = ranks[:, :r], ranks[:, r:]
-    into = unmerged.shape[1] + rows.take(similarity, source).argmax(-1)
-    keep = torch.cat([_at(a, unmerged), b], 1)
-    return Matching(keep, _at(a, source), into).behind(prefix)
+    into = rows.take(similarity, source).argmax(-1)
+    return _flow(_at(a, unmerged), _at(a, source), b, into, prefix)
 
 
 @torch.no_grad()
-def energy_halves(metric: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
+def energy_halves(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matching:
     """PiToMe for text: the r tokens of highest energy flow into the next r.
 
     Args:
-        metric: (B, N, c).
-        score: (B, N - prefix), the energy of the tokens behind the prefix.
-        r: tokens to remove, at most half of N - prefix.
+        units: (B, T, c), rows of :func:`unit`, of the tokens behind the prefix.
+        score: (B, T), their energy.
+        r: tokens to remove, at most half of T.
         prefix: number of leading tokens that are left alone.
 
     Returns:
-        A matching with M = N - r: prefix, the rest by descending energy, then the destinations.
+        A matching of prefix + T tokens, r fewer afterwards: prefix, the rest by descending energy,
+        then the destinations.
     """
     order = descending(score)
-    return _flow(metric, order[:, :r], order[:, r : 2 * r], order[:, 2 * r :], prefix)
+    a, b = order[:, :r], order[:, r : 2 * r]
+    high = rows.take(units, order[:, : 2 * r])
+    into = torch.bmm(high[:, :r], high[:, r:].mT).argmax(-1)
+    return _flow(order[:, 2 * r :], a, b, into, prefix)
 
 
 class Reserved(NamedTuple):

@@ -14,7 +14,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transom.ops import rows
@@ -169,11 +168,11 @@ def complete(
     return _assemble(found, chosen, near.argmax(-1), place.repeat(len(chosen), 1), each)
 
 
-def _similarity(metric: Tensor, found: Real, prefix: int) -> tuple[Tensor, Tensor]:
-    """Cosines (B, T, T) of the tokens behind the prefix, and which of them are real (B, T)."""
+def _units(metric: Tensor, found: Real, prefix: int) -> tuple[Tensor, Tensor]:
+    """Unit rows (B, T, c) of the tokens behind the prefix, and which of them are real (B, T)."""
     metric = unit(rows.take(metric, found.order)[:, prefix:])
     behind = _places(metric, metric.shape[1]) < (found.amount - prefix)[:, None]
-    return metric @ metric.mT, behind
+    return metric * behind[..., None], behind
 
 
 @torch.no_grad()
@@ -204,8 +203,9 @@ def by_energy(
         A matching.
     """
     found = real(valid)
-    cosine, genuine = _similarity(metric, found, prefix)
-    score = _energy(cosine, genuine, margin, alpha, kind)
+    units, genuine = _units(metric, found, prefix)
+    cosine = units @ units.mT
+    score = _energy(units, cosine, genuine, margin, alpha, kind)
     order = descending(score)  # (B, T), padding last
     batch, count = order.shape
     most = math.floor(count - count * ratio)
@@ -240,16 +240,24 @@ def by_energy(
     return _assemble(found, a + prefix, b.gather(1, partner) + prefix, rank, each)
 
 
-def _energy(cosine: Tensor, genuine: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
-    """Energy (B, T) over real neighbours; -inf for padding."""
+def _energy(
+    units: Tensor, cosine: Tensor, genuine: Tensor, margin: float, alpha: float, kind: str
+) -> Tensor:
+    """Energy (B, T) over real neighbours, in the arithmetic of one item; -inf for padding."""
+    count = genuine.sum(-1, keepdim=True).clamp(min=1)
+    padding = ~genuine[:, None]
     if kind == "text":
         width = 1.0 - margin
         near = ((1.0 - cosine) / width).square().mul(-0.5).exp()
         near = near / (width * (2 * torch.pi) ** 0.5)
+        mean = near.masked_fill(padding, 0.0).sum(-1) / count
     else:
-        near = F.elu(cosine - margin, alpha=alpha)
-    total = near.masked_fill(~genuine[:, None], 0.0).sum(-1)
-    mean = total / genuine.sum(-1, keepdim=True).clamp(min=1)
+        precise = torch.promote_types(units.dtype, torch.float32)
+        units, below = units.to(precise), cosine.to(precise).clamp(max=margin)
+        linear = (units @ units.sum(1, keepdim=True).mT)[..., 0]
+        linear = linear - below.masked_fill(padding, 0.0).sum(-1)
+        saturated = below.exp().masked_fill(padding, 0.0).sum(-1) * math.exp(-margin)
+        mean = (linear + alpha * saturated) / count - alpha
     return mean.masked_fill(~genuine, -torch.inf)
 
 

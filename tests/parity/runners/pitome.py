@@ -18,7 +18,9 @@ def matched(golden: Golden) -> dict[str, Tensor]:
     config, inputs = golden.config, golden.inputs
     prefix = int(config["class_token"])
     kind = "bipartite" if config["use_bsm_pitome"] else "pitome"
-    score = matching.energy(inputs["metric"][:, prefix:], config["margin"], config["alpha"])
+    score = matching.energy(
+        matching.unit(inputs["metric"][:, prefix:]), config["margin"], config["alpha"]
+    )
     r = removed(score.shape[1], config["ratio"])
     found = match(inputs["metric"], r, prefix, config["margin"], kind, config["alpha"])
     out = _tokens(inputs["x"], prefix, inputs["size"]).merge(found)

@@ -114,13 +114,12 @@ def match(
     Returns:
         A matching with M = N - r.
     """
-    behind = metric[:, prefix:]
+    units = matching.unit(metric[:, prefix:])
     if kind == "text":
-        score = matching.gaussian_energy(behind, margin)
-        return matching.energy_halves(metric, score, r, prefix)
-    score = matching.energy(behind, margin, alpha)
+        return matching.energy_halves(units, matching.gaussian_energy(units, margin), r, prefix)
+    score = matching.energy(units, margin, alpha)
     pick = matching.energy_pairs if kind == "pitome" else matching.energy_bipartite
-    return pick(metric, score, r, prefix)
+    return pick(units, score, r, prefix)
 
 
 @dataclass(frozen=True)
