@@ -6,6 +6,7 @@ whether the paper works: that is read from the registry (`transom.registry.metho
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,7 @@ class Card:
         slug: key in the registry, on the command line and in the docs.
         family: one of `FAMILIES`.
         year: of the first public version.
+        published: day of the first public version, where it is known.
         title: as published.
         kind: one of `KINDS`: what the paper mainly is here.
         venue: where it appeared, if known.
@@ -75,6 +77,7 @@ class Card:
     year: int
     title: str
     kind: str
+    published: datetime.date | None = None
     venue: str | None = None
     names: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
@@ -94,6 +97,8 @@ def _card(record: Mapping[str, Any]) -> Card:
     fields = dict(record)
     for key in ("names", "keywords", "links"):
         fields[key] = tuple(fields[key])
+    published = fields["published"]
+    fields["published"] = datetime.date.fromisoformat(published) if published else None
     fields["code"] = Code(**fields["code"]) if fields["code"] else None
     fields["related_code"] = tuple(Code(**each) for each in fields["related_code"])
     return Card(**fields)

@@ -1,0 +1,87 @@
+"""The tables of the gallery's database, as SQLAlchemy knows them.
+
+They are made and changed by the migrations beside this file. The full-text index (FTS5 on SQLite,
+a tsvector on PostgreSQL) is theirs alone, since each database has a way of its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from sqlalchemy import (
+    Column,
+    Date,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+from sqlalchemy.engine import Dialect
+
+
+class Moment(TypeDecorator[datetime.datetime]):
+    """A moment in UTC; SQLite keeps no time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(
+        self, value: datetime.datetime | None, dialect: Dialect
+    ) -> datetime.datetime | None:
+        return None if value is None else value.astimezone(datetime.timezone.utc)
+
+    def process_result_value(
+        self, value: datetime.datetime | None, dialect: Dialect
+    ) -> datetime.datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            return value.replace(tzinfo=datetime.timezone.utc)
+        return value.astimezone(datetime.timezone.utc)
+
+
+metadata = MetaData()
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("title", Text, nullable=False),
+    Column("title_key", Text, nullable=False, index=True),
+    Column("abstract", Text, nullable=False),
+    Column("authors", Text, nullable=False, comment="JSON list of names"),
+    Column("author_count", Integer),
+    Column("organisation", Text),
+    Column("date", Date),
+    Column("day", Date, nullable=False, comment="to sort by: date, else the day of import"),
+    Column("comments", Integer, nullable=False),
+    Column("votes", Integer, nullable=False),
+    Column("arxiv_id", String(40), unique=True),
+    Column("repo", Text),
+    Column("project", Text),
+    Column("slug", String(80), index=True),
+    Column("words", Text, nullable=False, comment="of the card: names, keywords, family"),
+    Column("first_seen", Moment, nullable=False, index=True),
+    Index("ix_entries_day_id", "day", "id"),
+)
+
+rooms = Table(
+    "rooms",
+    metadata,
+    Column("slug", String(80), primary_key=True),
+    Column("began", Moment, comment="when it began to run here; null: before this database was"),
+)
+
+vectors = Table(
+    "vectors",
+    metadata,
+    Column("entry_id", Integer, ForeignKey("entries.id", ondelete="CASCADE"), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("vector", LargeBinary, nullable=False, comment="float16, of unit length"),
+)
