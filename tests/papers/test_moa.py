@@ -325,6 +325,26 @@ def test_budgets_hold_at_every_length() -> None:
         search(importance, space, budget=0.01, block=4)
 
 
+def test_a_budget_of_its_own_for_each_length() -> None:
+    torch.manual_seed(1)
+    importance = {n: torch.rand(3, 4, n // 4, n // 4).tril() for n in (32, 64)}
+    space = rules([0, 8, 16, 24], [0, 0.25, 0.5, 1], 64, 128, 16)
+    both = search(importance, space, budget=0.4, block=4)
+    same = search(importance, space, budget={32: 0.4, 64: 0.4}, block=4)
+    assert both == same
+    limits = {32: 0.75, 64: 0.4}
+    more = search(importance, space, budget=limits, block=4)
+    assert all(used(more, n) <= limit + 1e-9 for n, limit in limits.items())
+    assert used(more, 32) > 0.4  # what the shorter length may use as well
+    kept = {
+        name: sum(total_lost(importance[n], plan) for n in importance)
+        for name, plan in (("more", more), ("both", both))
+    }
+    assert kept["more"] < kept["both"]
+    with pytest.raises(SettingsError, match="budget"):
+        search(importance, space, budget={32: 0.5, 64: 1.5}, block=4)
+
+
 def test_the_search_space_of_the_paper() -> None:
     found = candidates(8192, 16384, 2048)
     assert Rule(0.0, 0.5) in found

@@ -24,7 +24,7 @@ def search(
     importance: Mapping[int, Tensor],
     rules: Sequence[Rule],
     *,
-    budget: float = 0.5,
+    budget: float | Mapping[int, float] = 0.5,
     lengths: Sequence[int] | None = None,
     weights: Mapping[int, float] | None = None,
     block: int = 64,
@@ -34,7 +34,8 @@ def search(
     Args:
         importance: by profiled length, (layers, heads, n, n) sums of influence over blocks.
         rules: to choose from.
-        budget: mean part of all keys that a head may attend to, at every one of `lengths`.
+        budget: mean part of all keys that a head may attend to, at every one of `lengths`; or by
+            length, which then says where it holds.
         lengths: where the budget holds; the profiled ones by default.
         weights: of the losses at the profiled lengths; equal by default.
         block: side of a block in tokens.
@@ -45,7 +46,11 @@ def search(
     Raises:
         SettingsError: no choice of rules keeps the budget.
     """
-    if not 0 < budget <= 1:
+    if isinstance(budget, Mapping):
+        limits = dict(budget)
+    else:
+        limits = dict.fromkeys(importance if lengths is None else lengths, budget)
+    if not limits or not all(0 < part <= 1 for part in limits.values()):
         raise SettingsError(f"budget is {budget}; expected above 0, at most 1")
     loss = torch.zeros(())
     for length, found in importance.items():
@@ -53,17 +58,18 @@ def search(
         each = torch.stack([lost(layer, kept) for layer in found.double()])  # (L, H, R)
         total = sum(float(layer.tril().sum()) for layer in found.double())
         loss = loss + (1.0 if weights is None else weights[length]) * each / max(total, 1e-30)
-    at = list(importance) if lengths is None else list(lengths)
     cost = torch.stack(
-        [density(torch.stack([layout(r, n, block) for r in rules])) for n in at]
+        [density(torch.stack([layout(r, n, block) for r in rules])) for n in limits]
     ).double()  # (lengths, R)
-    if float(cost.amax(0).min()) > budget:
+    limit = torch.tensor(list(limits.values()), dtype=torch.float64)
+    tightest = (cost / limit[:, None]).amax(0)
+    if float(tightest.min()) > 1:
         raise SettingsError(
-            f"the narrowest of {len(rules)} rules keeps {float(cost.amax(0).min()):.3f} of the "
-            f"keys, more than the budget {budget}; add rules with a shorter span"
+            f"the narrowest of {len(rules)} rules keeps {float(tightest.min()):.2f} times the keys "
+            f"that the budget {budget} allows; add rules with a shorter span"
         )
-    choice = _priced(loss, cost, budget)
-    choice = _spent(choice, loss, cost, budget)
+    choice = _priced(loss, cost, limit)
+    choice = _spent(choice, loss, cost, limit)
     return Plan.of([[rules[int(i)] for i in layer] for layer in choice])
 
 
@@ -105,10 +111,10 @@ def _used(choice: Tensor, cost: Tensor) -> Tensor:
     return cost[:, choice.flatten()].mean(1)
 
 
-def _priced(loss: Tensor, cost: Tensor, budget: float) -> Tensor:
-    """The best choice that prices of keys lead to."""
+def _priced(loss: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
+    """The best choice that prices of keys lead to; budgets (lengths,)."""
     share = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64)
-    cheapest = int(cost.amax(0).argmin())
+    cheapest = int((cost / budget[:, None]).amax(0).argmin())
     best = torch.full(loss.shape[:2], cheapest)
     for _ in range(10 if len(cost) > 1 else 1):
         low, high = 0.0, 1.0
@@ -136,7 +142,7 @@ def _sum(choice: Tensor, loss: Tensor) -> float:
     return float(loss.gather(2, choice[..., None]).sum())
 
 
-def _spent(choice: Tensor, loss: Tensor, cost: Tensor, budget: float) -> Tensor:
+def _spent(choice: Tensor, loss: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
     """Changes of one head's rule that lose less and still keep the budget, the best one first."""
     choice = choice.clone()
     heads = choice.numel()
@@ -145,7 +151,7 @@ def _spent(choice: Tensor, loss: Tensor, cost: Tensor, budget: float) -> Tensor:
         now = loss.gather(2, choice[..., None])
         gain = now - loss  # (L, H, R)
         more = (cost[:, None, None, :] - cost[:, choice][..., None]) / heads
-        fits = (used[:, None, None, None] + more <= budget + 1e-12).all(0)
+        fits = (used[:, None, None, None] + more <= budget[:, None, None, None] + 1e-12).all(0)
         gain = gain.masked_fill(~fits, 0)
         for i, layer in enumerate(choice):
             kinds = layer.unique()
