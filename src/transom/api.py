@@ -543,7 +543,7 @@ def _refuse_taken(installation: _Installation, new: Fitting) -> None:
                 "first"
             )
         for i, (a, b) in enumerate(zip(old.fills, new.fills, strict=True)):
-            taken = a.slots() & b.slots()
+            taken = a.clashes(b)
             if taken or old.slug == new.slug:
                 slot = f"slot {sorted(taken)[0]!r} of block {i}" if taken else "this host"
                 raise FitError(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
+from transom.instrumented import Instrumented
 from transom.ops import attention, rows
 from transom.projections import Projections
 from transom.tokens import Layout, Record, Tokens, representatives, restore
@@ -196,7 +197,9 @@ class Fill:
         tokens: the token step between attention and ffn; None leaves the slot empty.
         after: a token step behind the ffn; takes the same slot.
         attention: an attention operator (q, k, v, bias, scale, record) -> (B, H, N, d) between
-            the host's own projections; None likewise. In decoders it gets the `ask` as well.
+            the host's own projections; None likewise. In decoders it gets the `ask` as well, and
+            corrections of different stages (:class:`transom.instrumented.Instrumented`) share
+            the slot.
         mixer: replaces the host's attention with its projections; takes the same slot.
         norms: replace the norms before attention and before the ffn; None keeps the host's.
         ffn: replaces the ffn.
@@ -232,13 +235,24 @@ class Fill:
         """Everything that fills a slot, in a fixed order; None where nothing does."""
         return (self.tokens, self.after, self.attention, self.mixer, *self.norms, self.ffn)
 
+    def clashes(self, other: Fill) -> set[str]:
+        """Names of the slots that both take and cannot share."""
+        both = self.slots() & other.slots()
+        mine, theirs = self.attention, other.attention
+        if isinstance(mine, Instrumented) and isinstance(theirs, Instrumented):
+            both -= set() if mine.stages() & theirs.stages() else {"attention"}
+        return both
+
     def joined(self, other: Fill) -> Fill:
-        """Both fills in one block; their slots differ."""
+        """Both fills in one block; they do not clash."""
         taken = self.slots()
+        operator = self.attention if "attention" in taken else other.attention
+        if isinstance(self.attention, Instrumented) and isinstance(other.attention, Instrumented):
+            operator = self.attention.joined(other.attention)
         return Fill(
             tokens=self.tokens if "tokens" in taken else other.tokens,
             after=self.after if "tokens" in taken else other.after,
-            attention=self.attention if "attention" in taken else other.attention,
+            attention=operator,
             mixer=self.mixer if "attention" in taken else other.mixer,
             norms=self.norms if "norm" in taken else other.norms,
             ffn=self.ffn if "ffn" in taken else other.ffn,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from transom.instrumented import Instrumented
 from transom.papers.lens.imbalanced_attention import (
     Emphasise,
     ImbalancedAttention,
@@ -39,9 +40,10 @@ def attention(golden: Golden) -> dict[str, Tensor]:
     )
     visual = torch.zeros(len(x), count, dtype=torch.bool)
     visual[:, c["image_start"] : c["image_start"] + c["image_len"]] = True
-    operator = Emphasise(method)
+    emphasis = Emphasise(method)
+    operator = Instrumented(last=emphasis)
     out = operator(q, k, v, bias=causal, scale=width**-0.5, ask=Ask(visual=visual))
-    rises = operator._rises(visual, q.dtype)
+    rises = emphasis._rises(visual, q.dtype)
     logits = (q @ k.mT) * width**-0.5 + causal
     weights = torch.cat([logits[:, :, :-1], amplified(logits[:, :, -1:], rises)], 2).softmax(-1)
     return {"y": module["o_proj"](out.transpose(1, 2).flatten(2)), "attention": weights}

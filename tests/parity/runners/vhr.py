@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from transom.instrumented import Instrumented
 from transom.papers.lens.vhr import Reinforce, divergence
 
 from ..golden import Golden
@@ -23,7 +24,8 @@ def head_intervention(golden: Golden) -> dict[str, Tensor]:
         x = seeing[i].transpose(1, 2)  # (B, H, N, d) as the values of an attention to oneself
         near = torch.full((x.shape[2], x.shape[2]), -torch.inf).double().fill_diagonal_(0)
         zero = torch.zeros_like(x)
-        out = Reinforce(heads, c["alpha"])(zero, zero, x, bias=near[None, None], scale=1.0)
+        operator = Instrumented(heads=Reinforce(heads, c["alpha"]))
+        out = operator(zero, zero, x, bias=near[None, None], scale=1.0)
         outs.append(project(out.transpose(1, 2).flatten(2)))
     return {
         "vhd": found.vhd,

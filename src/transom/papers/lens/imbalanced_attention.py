@@ -33,10 +33,9 @@ from torch import Tensor, nn
 import transom
 from transom.errors import SettingsError, TokensError
 from transom.hosts.base import Host
-from transom.ops import attention
+from transom.instrumented import Instrumented
 from transom.registry import Method, Offer, Takes
 from transom.slots import Ask, Fill
-from transom.tokens import Record
 
 
 class Informed(NamedTuple):
@@ -82,30 +81,18 @@ def amplified(logits: Tensor, rises: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Emphasise:
-    """Attention operator of one layer."""
+    """Correction of the last query's logits in one layer."""
 
     method: ImbalancedAttention
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        bias: Tensor | None,
-        scale: float,
-        record: Record | None = None,
-        ask: Ask | None = None,
-    ) -> Tensor:
-        out = attention.attend(q, k, v, bias, scale=scale)
-        if ask is None or ask.visual is None or not ask.visual.any():
-            return out
-        # only the last row changes, so that the others stay on the fused path
-        logits = (q[:, :, -1:] @ k.mT) * scale
-        if bias is not None:
-            logits = logits + bias[:, :, -1:]
-        weights = amplified(logits, self._rises(ask.visual, q.dtype)).softmax(-1)
-        return torch.cat([out[:, :, :-1], weights @ v], 2)
+    def applies(self, ask: Ask | None) -> bool:
+        """Where a prompt has an image."""
+        return ask is not None and ask.visual is not None and bool(ask.visual.any())
+
+    def __call__(self, x: Tensor, ask: Ask | None) -> Tensor:
+        """(B, H, 1, keys) with the logits of emphasised tokens raised."""
+        assert ask is not None and ask.visual is not None
+        return amplified(x, self._rises(ask.visual, x.dtype))
 
     def _rises(self, visual: Tensor, dtype: torch.dtype) -> Tensor:
         m = self.method
@@ -159,7 +146,7 @@ class ImbalancedAttention(Method):
             )
 
     def fit(self, host: Host) -> list[Fill]:
-        operator = Emphasise(self)
+        operator = Instrumented(last=Emphasise(self))
         return [Fill(attention=operator if i >= self.first else None) for i in range(host.depth)]
 
     @classmethod

@@ -34,10 +34,9 @@ from torch import Tensor, nn
 import transom
 from transom.errors import FitError, SettingsError
 from transom.hosts.base import Host
-from transom.ops import attention
+from transom.instrumented import Instrumented
 from transom.registry import Method, Offer, Takes
 from transom.slots import Ask, Fill
-from transom.tokens import Record
 
 # Sink channels that were published, by the width of the decoder.
 KNOWN: dict[int, tuple[int, ...]] = {4096: (1415, 2533), 5120: (2100, 4743), 3584: (458, 2570)}
@@ -110,38 +109,32 @@ def redistribute(
 
 @dataclass(frozen=True)
 class Redistribute:
-    """Attention operator of one layer."""
+    """Correction of the probabilities of one layer."""
 
     method: VAR
     channels: tuple[int, ...]
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        bias: Tensor | None,
-        scale: float,
-        record: Record | None = None,
-        ask: Ask | None = None,
-    ) -> Tensor:
-        if ask is None or ask.visual is None or ask.stream is None or not ask.visual.any():
-            return attention.attend(q, k, v, bias, scale=scale)
-        visual = ask.visual
-        rows = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
+    def applies(self, ask: Ask | None) -> bool:
+        """Where a prompt has an image."""
+        if ask is None or ask.visual is None or ask.stream is None:
+            return False
+        return bool(ask.visual.any())
+
+    def __call__(self, x: Tensor, ask: Ask | None) -> Tensor:
+        """(B, H, N, keys), redistributed; sinks are found in the prompt and remembered."""
+        assert ask is not None and ask.visual is not None and ask.stream is not None
         assert ask.memory is not None
+        visual, count = ask.visual, x.shape[2]
+        rows = torch.ones(len(x), count, dtype=torch.bool, device=x.device)
         if not ask.decoding:
             ask.memory["sinks"] = sink_values(ask.stream, self.channels) > self.method.tau
-            places = torch.arange(q.shape[2], device=q.device)
+            places = torch.arange(count, device=x.device)
             rows = places > torch.where(visual, places, -1).amax(1, keepdim=True)
         sinks = ask.memory["sinks"]
         more = visual.shape[1] - sinks.shape[1]
         sinks = torch.cat([sinks, sinks.new_zeros(len(sinks), more)], 1)
         m = self.method
-        a = attention.probabilities(q, k, bias, scale)
-        done = redistribute(a, sinks, visual, rows, rho=m.rho, total=m.total, keep=m.keep)
-        return done.attention.to(v.dtype) @ v
+        return redistribute(x, sinks, visual, rows, rho=m.rho, total=m.total, keep=m.keep).attention
 
 
 @dataclass(frozen=True)
@@ -190,7 +183,7 @@ class VAR(Method):
             raise SettingsError(
                 f"channels names {max(channels)}, but this decoder has {host.width} channels"
             )
-        operator = Redistribute(self, channels)
+        operator = Instrumented(probabilities=Redistribute(self, channels))
         chosen = range(self.first, host.depth - 1)
         return [Fill(attention=operator if i in chosen else None) for i in range(host.depth)]
 

@@ -33,10 +33,9 @@ from torch import Tensor, nn
 import transom
 from transom.errors import SettingsError
 from transom.hosts.base import Host
-from transom.ops import attention
+from transom.instrumented import Instrumented
 from transom.registry import Method, Offer, Takes
 from transom.slots import Ask, Fill
-from transom.tokens import Record
 
 Heads = tuple[tuple[int, ...], ...]
 
@@ -78,26 +77,20 @@ def token_divergence(vhd: Tensor, k: int = 4) -> Tensor:
 
 @dataclass(frozen=True)
 class Reinforce:
-    """Attention operator of one layer."""
+    """Correction of what the heads of one layer say."""
 
-    heads: tuple[int, ...]
+    chosen: tuple[int, ...]
     alpha: float
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        bias: Tensor | None,
-        scale: float,
-        record: Record | None = None,
-        ask: Ask | None = None,
-    ) -> Tensor:
-        out = attention.attend(q, k, v, bias, scale=scale)
-        factor = out.new_ones(out.shape[1])
-        factor[list(self.heads)] = self.alpha
-        return out * factor[:, None, None]
+    def applies(self, ask: Ask | None) -> bool:
+        """In every call, with or without an image."""
+        return True
+
+    def __call__(self, x: Tensor, ask: Ask | None = None) -> Tensor:
+        """(B, H, N, d) with the chosen heads times alpha."""
+        factor = x.new_ones(x.shape[1])
+        factor[list(self.chosen)] = self.alpha
+        return x * factor[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,8 @@ class VHR(Method):
                 raise SettingsError(
                     f"heads names head {max(heads)} of layer {i}, which has {count}"
                 )
-            fills.append(Fill(attention=Reinforce(heads, self.alpha) if heads else None))
+            speak = Instrumented(heads=Reinforce(heads, self.alpha)) if heads else None
+            fills.append(Fill(attention=speak))
         return fills
 
     @classmethod
