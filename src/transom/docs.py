@@ -137,13 +137,18 @@ def _where(build: Callable[..., object]) -> str:
     return f"`{build.__module__}.{getattr(build, '__qualname__', type(build).__name__)}`"
 
 
-def _settings(method: type) -> list[str]:
+def settings_of(method: type) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of every setting; in Markdown."""
     meanings = _meanings(method)
-    rows = [
+    return [
         (f"`{field.name}`", f"`{field.type}`", _default(field), meanings.get(field.name, ""))
         for field in dataclasses.fields(method)
         if field.init
     ]
+
+
+def _settings(method: type) -> list[str]:
+    rows = settings_of(method)
     example = f"from {method.__module__} import {method.__name__}"
     if all(row[2] for row in rows):
         values = "".join(f"    {row[0].strip('`')}={row[2].strip('`')},\n" for row in rows)

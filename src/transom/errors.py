@@ -49,3 +49,7 @@ class StoreError(TransomError):
 
 class MailError(TransomError):
     """A mail cannot be sent: an address or the configuration is wrong, or the server refuses."""
+
+
+class GalleryError(TransomError):
+    """The gallery cannot be built or served as asked, or an upload cannot be used."""
