@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 WIDTH, DEPTH, HEADS, SIZE, PATCH = 32, 3, 4, 32, 8
-IMAGE_TOKEN = 60
+IMAGE_TOKEN, QUERIES = 60, 5
 
 SETTINGS: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -159,7 +159,41 @@ def several(image_tokens: int, count: int, seed: int = 0) -> dict[str, Tensor]:
     return {**found, "pixel_values": found["pixel_values"][:, None]}
 
 
+def questions(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Images, each with a text, some of them padded."""
+    return {**images(count, seed), **text(count, seed)}
+
+
+def told_images(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Texts with the tokens of an image to look at."""
+    return {**text(count, seed), "encoder_hidden_states": _noise(seed, count, 7, WIDTH)}
+
+
+def blip_2() -> nn.Module:
+    """Vision tower, Q-Former and a decoder."""
+    settings: dict[str, Any] = {
+        "vision_config": configured("Blip2VisionConfig").to_dict(),
+        "qformer_config": configured(
+            "Blip2QFormerConfig",
+            vocab_size=64,
+            max_position_embeddings=48,
+            pad_token_id=1,
+            encoder_hidden_size=WIDTH,
+            cross_attention_frequency=2,
+        ).to_dict(),
+        "text_config": configured(
+            "OPTConfig", **WORDS, ffn_dim=64, word_embed_proj_dim=WIDTH, dropout=0.1
+        ).to_dict(),
+        "num_query_tokens": QUERIES,
+        "image_token_index": IMAGE_TOKEN,
+    }
+    config = transformers.Blip2Config(**settings)
+    return randomised(transformers.Blip2ForConditionalGeneration(config))
+
+
 CLIP = "CLIPTextConfig", WORDS
+BLIP_WORDS = {**WORDS, "sep_token_id": 2, "encoder_hidden_size": WIDTH}
+BLIP_TEXT = "BlipTextConfig", BLIP_WORDS
 LLAMA = "LlamaConfig", LANGUAGE
 MAPS = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 
@@ -391,6 +425,36 @@ FAMILIES: dict[str, Family] = {
         ),
         partial(prompt, 16),
     ),
+    "BLIP vision": Family(partial(one, "BlipVisionModel", "BlipVisionConfig"), images),
+    "BLIP matching": Family(
+        partial(
+            joint,
+            "BlipForImageTextRetrieval",
+            "BlipConfig",
+            {"vision_config": "BlipVisionConfig", "text_config": BLIP_TEXT},
+            image_text_hidden_size=16,
+        ),
+        questions,
+    ),
+    "BLIP captions": Family(
+        partial(
+            joint,
+            "BlipForConditionalGeneration",
+            "BlipConfig",
+            {"vision_config": "BlipVisionConfig", "text_config": BLIP_TEXT},
+            image_text_hidden_size=16,
+        ),
+        questions,
+    ),
+    "BLIP text encoder": Family(
+        partial(one, "BlipTextModel", "BlipTextConfig", **BLIP_WORDS),
+        told_images,
+    ),
+    "BLIP-2 vision": Family(partial(one, "Blip2VisionModel", "Blip2VisionConfig"), images),
+    "BLIP-2": Family(blip_2, partial(prompt, QUERIES)),
+    "InstructBLIP vision": Family(
+        partial(one, "InstructBlipVisionModel", "InstructBlipVisionConfig"), images
+    ),
     "MetaCLIP 2": Family(partial(one, "MetaClip2VisionModel", "MetaClip2VisionConfig"), images),
     "CLIPSeg": Family(partial(one, "CLIPSegVisionModel", "CLIPSegVisionConfig"), images),
     "OWL-ViT": Family(partial(one, "OwlViTVisionModel", "OwlViTVisionConfig"), images),
@@ -464,9 +528,6 @@ FAMILIES: dict[str, Family] = {
         ),
         images,
         "patch embeddings",
-    ),
-    "BLIP": Family(
-        partial(one, "BlipVisionModel", "BlipVisionConfig"), images, "separate projections"
     ),
     "X-CLIP": Family(
         partial(one, "XCLIPVisionModel", "XCLIPVisionConfig", num_frames=4), images, "message_attn"

@@ -14,7 +14,7 @@ import copy
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, parts, put
 from transom.ops import rows
-from transom.projections import Affine, Projections, affine
+from transom.projections import Affine, Projections, affine, fused
 from transom.slots import Ask, BlockView, FittedStack
 
 PROJECTIONS = (
@@ -34,15 +34,23 @@ PROJECTIONS = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
+# One projection to q, k and v side by side, each with its heads side by side (BLIP, BLIP-2).
+PACKED = ("qkv",)
 # Other parts that an attention may hold: they act on q and k before, or on the output after.
 BESIDE = ("q_norm", "k_norm", "dropout", "projection_dropout")
-OUTPUTS = ("o_proj", "out_proj", "projection_layer", "out_lin", "o")
+OUTPUTS = ("o_proj", "out_proj", "projection_layer", "out_lin", "o", "projection")
 # Names under which a block keeps its attention, and an attention keeps the one inside.
 ATTENTION = ("attention", "self_attn")
 INNER = ("self", "attention", "attn")
-# Arguments of the attention interface that change its mathematics in ways we do not follow.
 # Arguments of an attention that makes its relative positions itself (BEiT, transformers 5.0).
 RELATIVE = ("relative_position_bias", "interpolate_pos_encoding", "resolution")
+# Arguments with which an attention would look at something else than its own tokens.
+OTHERS = {
+    "encoder_hidden_states": "another sequence to look at",
+    "encoder_attention_mask": "the mask of another sequence",
+    "past_key_values": "a cache",
+}
+# Arguments of the attention interface that change its mathematics in ways we do not follow.
 UNKNOWN = ("softcap", "sliding_window", "s_aux", "position_bias")
 
 
@@ -141,14 +149,15 @@ class OwnAttention:
         if carried is None:
             return type(m).forward(m, hidden_states, *args, **kwargs)
         batch, count, _ = hidden_states.shape
-        if kwargs.get("causal_attention_mask") is not None:
+        followed = {"causal_attention_mask": "a causal mask", **OTHERS}
+        strange = [what for name, what in followed.items() if kwargs.get(name) is not None]
+        if strange:
             raise TokensError(
-                f"{type(m).__name__} got a causal mask, which a fitted method does not follow"
+                f"{type(m).__name__} got {strange[0]}, which a fitted method does not follow"
             )
         heads = m.num_heads if hasattr(m, "num_heads") else m.num_attention_heads
         q, k, v = (
-            _projected(m, name, hidden_states).view(batch, count, heads, -1).transpose(1, 2)
-            for name in projections(m)
+            x.view(batch, count, heads, -1).transpose(1, 2) for x in _projected(m, hidden_states)
         )
         p: Any = m.dropout if hasattr(m, "dropout") else m.dropout_prob
         p = p.p if isinstance(p, nn.Dropout) else p
@@ -176,24 +185,42 @@ class OwnWrapper:
         return m.output(context, hidden_states)
 
 
-def _projected(attention: Any, name: str, h: Tensor) -> Tensor:
-    """A projection of h, with its bias where that stands beside it (VideoMAE, transformers 5.0)."""
-    out: Tensor = getattr(attention, name)(h)
-    bias = getattr(attention, f"{name[0]}_bias", None)
-    return out if bias is None else out + bias
+def _projected(attention: Any, h: Tensor) -> Sequence[Tensor]:
+    """q, k and v (B, N, D) of h, with a bias where one stands beside (VideoMAE, 5.0)."""
+    names = projections(attention)
+    if names == PACKED:
+        return getattr(attention, names[0])(h).chunk(3, -1)
+    found = []
+    for name in names:
+        out: Tensor = getattr(attention, name)(h)
+        bias = getattr(attention, f"{name[0]}_bias", None)
+        found.append(out if bias is None else out + bias)
+    return found
 
 
-def _affine(attention: nn.Module, name: str) -> Affine:
-    weight, bias = affine(getattr(attention, name))
-    beside = getattr(attention, f"{name[0]}_bias", None)
-    return weight, bias if beside is None else beside.detach()
+def _affines(attention: nn.Module) -> list[Affine]:
+    """Weights and biases of the projections to q, k and v."""
+    names = projections(attention)
+    if names == PACKED:
+        packed = getattr(attention, names[0])
+        return list(fused(packed.weight, packed.bias))
+    found = []
+    for name in names:
+        weight, bias = affine(getattr(attention, name))
+        beside = getattr(attention, f"{name[0]}_bias", None)
+        found.append((weight, bias if beside is None else beside.detach()))
+    return found
 
 
 def projections(attention: nn.Module) -> tuple[str, ...]:
-    """Names of the projections to q, k and v; empty when there are no such three."""
+    """Names of the projections to q, k and v, or of the one to all of them; empty without any."""
     children = dict(attention.named_children())
-    found = [names for names in PROJECTIONS if all(name in children for name in names)]
-    return found[0] if found else ()
+    for names in PROJECTIONS:
+        if all(name in children for name in names):
+            return names
+    packed = children.get(PACKED[0])
+    plain = isinstance(packed, nn.Linear) and packed.out_features == 3 * packed.in_features
+    return PACKED if plain and "projection" in children else ()
 
 
 class Reach:
@@ -315,7 +342,8 @@ def _check(attention: Any, name: str, causal: bool) -> None:
     if not names:
         raise HostError(
             f"{name} is a {kind} with the parts {sorted(dict(attention.named_children()))}; "
-            "expected an attention of transformers 5 with separate projections to q, k and v"
+            "expected an attention of transformers 5 with separate projections to q, k and v, or "
+            "with one to all three and an output `projection`"
         )
     relative = RELATIVE[:1] if set(RELATIVE) <= set(arguments(attention)[0]) else ()
     parts(attention, (*names, *OUTPUTS, *BESIDE, *relative), name)
@@ -348,6 +376,7 @@ def _check_replaceable(attention: Any, name: str) -> None:
     known = (*projections(attention), *OUTPUTS, "dropout", RELATIVE[0])
     unknown = set(dict(attention.named_children())) - set(known)
     handed = {"attention_mask", "causal_attention_mask", "position_bias", "output_attentions"}
+    handed |= set(OTHERS)
     unknown |= set(arguments(attention)[0]) - {*handed, *RELATIVE}
     if unknown or not any(hasattr(attention, n) for n in ("num_heads", "num_attention_heads")):
         raise HostError(
@@ -404,15 +433,13 @@ class HfBlock(BlockView):
     def projections(self) -> Projections | None:
         outer: Any
         outer, inner = self.reach.modules(self.module)
-        names = projections(inner)
-        q, k, _ = (getattr(inner, name) for name in names)
+        to_q, to_k, to_v = _affines(inner)
         outs = [getattr(inner, n) for n in OUTPUTS if hasattr(inner, n)]
         outs += [outer.output.dense] if hasattr(getattr(outer, "output", None), "dense") else []
         width = getattr(inner, "head_dim", None) or getattr(inner, "attention_head_size", None)
-        if width is None or len(outs) != 1 or q.weight.shape != k.weight.shape:
+        if width is None or len(outs) != 1 or to_q[0].shape != to_k[0].shape:
             return None
-        to_q, to_k, to_v = (_affine(inner, name) for name in names)
-        return Projections(q.weight.shape[0] // width, to_q, to_k, to_v, affine(outs[0]))
+        return Projections(to_q[0].shape[0] // width, to_q, to_k, to_v, affine(outs[0]))
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the block by their names in its own signature."""

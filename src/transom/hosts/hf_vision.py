@@ -420,7 +420,8 @@ def _input(root: Any) -> tuple[Modality, tuple[int, int] | None, Any]:
     grid = (size[0] // patch[0], size[1] // patch[1])
     if hasattr(getattr(root, "embeddings", None), "random_masking"):
         return "image", None, partial(_masked, root, size, grid)
-    return "image", grid, partial(example_pixels, root, config.num_channels, size)
+    channels = getattr(config, "num_channels", 3)  # BLIP's configuration does not say
+    return "image", grid, partial(example_pixels, root, channels, size)
 
 
 def _noise(root: nn.Module, shape: tuple[int, ...]) -> Tensor:
