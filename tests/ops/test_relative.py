@@ -30,15 +30,17 @@ def drawn(data: DataObject, count: int, reach: int, dtype: torch.dtype) -> Case:
 def test_a_sequence(
     dtype: torch.dtype, limit: float, data: DataObject, count: int, memory: int, reach: int
 ) -> None:
-    """Any length, memory in front or none, and tables that are long enough or not."""
+    """Any length, keys in front, behind or neither, and tables that are long enough or not."""
     case = drawn(data, count, reach, dtype)
     full = torch.promote_types(dtype, torch.float32)
     ours = [t.clone().requires_grad_() for t in case]
     plain = [t.to(full).requires_grad_() for t in case]
     keys = count + memory
-    got = relative.logits(ours[0], ours[1], keys, ours[2])
+    first = data.draw(st.sampled_from([None, *range(memory + 1)]))
+    got = relative.logits(ours[0], ours[1], keys, ours[2], first)
     places = torch.arange(keys)
-    expected = reference.relative_logits(plain[0], plain[1], places[memory:], places, plain[2])
+    asking = places[memory if first is None else first :][:count]
+    expected = reference.relative_logits(plain[0], plain[1], asking, places, plain[2])
     assert got.dtype == dtype
     torch.testing.assert_close(got.to(full), expected, atol=limit, rtol=limit)
     cotangent = torch.randn(expected.shape, generator=generator(data.draw), dtype=full)

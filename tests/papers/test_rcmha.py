@@ -17,12 +17,11 @@ from tests.common.cases import close
 from tests.common.hosts import HOSTS, call, images
 from tests.ops.strategies import generator
 from transom.errors import FitError, SettingsError, TokensError
-from transom.ops import relative
 from transom.papers.attention.rcmha import (
     RCMHA,
     RelativeConvolutionalAttention,
     RelativeLanguageModel,
-    attend,
+    attend_along,
     convolve,
     reference,
     remember,
@@ -60,8 +59,8 @@ def test_shifted_and_fused_is_every_pair_looked_up(
     mask = torch.ones(count, keys, dtype=torch.bool).tril(memory) if causal else None
     bias = None if mask is None else torch.zeros(count, keys, dtype=dtype).masked_fill(~mask, -1e9)
     q, k, v, extra, table, table_bias = ours
-    added = relative.logits(q, table, keys, table_bias)
-    got = attend(q, k, v, scale=0.4, extra=extra, positions=added, bias=bias)
+    rows = data.draw(st.integers(1, 8))
+    got = attend_along(q, k, v, table, table_bias, scale=0.4, extra=extra, bias=bias, rows=rows)
     expected = reference(*plain, mask, 0.4)
     assert got.dtype == dtype
     torch.testing.assert_close(got.to(full), expected, atol=limit, rtol=limit)

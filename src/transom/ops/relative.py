@@ -12,22 +12,25 @@ import torch
 from torch import Tensor
 
 
-def window(table: Tensor, queries: int, keys: int) -> Tensor:
-    """The rows of a table that L queries at the end of T keys can need.
+def window(table: Tensor, queries: int, keys: int, first: int | None = None) -> Tensor:
+    """The rows of a table that L neighbouring queries can need for T keys.
 
     Args:
         table: (2P, ...), row P for a query and a key at one place.
         queries: L.
-        keys: T, the last L of them at the places of the queries.
+        keys: T, at the places 0 … T - 1.
+        first: f, the place of the first query; T - L when None, so that they are the last.
 
     Returns:
-        (T + L, ...), the offsets from -T to L - 1. Offsets outside the table get its first or
-        last row.
+        (T + L, ...), the offsets from -(f + L) to T - f - 1. Offsets outside the table get its
+        first or last row.
     """
+    first = keys - queries if first is None else first
     origin = len(table) // 2
-    if keys <= origin and queries <= origin:
-        return table[origin - keys : origin + queries]
-    places = torch.arange(origin - keys, origin + queries, device=table.device)
+    low, high = origin - first - queries, origin + keys - first
+    if low >= 0 and high <= len(table):
+        return table[low:high]
+    places = torch.arange(low, high, device=table.device)
     return table.index_select(0, places.clamp(0, len(table) - 1))
 
 
@@ -46,23 +49,28 @@ def align(scores: Tensor, keys: int) -> Tensor:
     return flat.unflatten(-1, (queries, width - 1))[..., :keys]
 
 
-def logits(q: Tensor, table: Tensor, keys: int, bias: Tensor | None = None) -> Tensor:
+def logits(
+    q: Tensor, table: Tensor, keys: int, bias: Tensor | None = None, first: int | None = None
+) -> Tensor:
     """What relative positions add to the logits of a sequence: q_i · R[row] + β[row].
 
     Args:
         q: (..., H, L, d).
         table: (2P, H, d), R.
-        keys: T, the last L of them at the places of the queries.
+        keys: T, at the places 0 … T - 1.
         bias: (2P, H), β.
+        first: place of the first query; T - L when None, so that they are the last.
 
     Returns:
         (..., H, L, T), not scaled.
     """
     count = q.shape[-2]
-    scores = q @ window(table, count, keys).permute(1, 2, 0)  # (..., H, L, T + L)
+    rows = window(table, count, keys, first).permute(1, 2, 0)  # (H, d, T + L)
     if bias is not None:
-        scores = scores + window(bias, count, keys).T[:, None]
-    return align(scores, keys)
+        # as one more channel: another pass over all scores would cost as much as the product
+        rows = torch.cat([rows, window(bias, count, keys, first).T[:, None].to(rows.dtype)], 1)
+        q = torch.cat([q, q.new_ones(*q.shape[:-1], 1)], -1)
+    return align(q @ rows, keys)  # (..., H, L, T + L) before
 
 
 def grid_logits(

@@ -44,6 +44,7 @@ from transom.papers.attention.rcmha.layer import (
     Filter,
     RelativeConvolutionalAttention,
     attend,
+    attend_along,
     convolve,
     present,
     reference,
@@ -60,6 +61,7 @@ __all__ = [
     "RelativeConvolutionalAttention",
     "RelativeLanguageModel",
     "attend",
+    "attend_along",
     "convolve",
     "reference",
     "remember",
@@ -121,25 +123,28 @@ class ConvolvedAttention(nn.Module):
             )
         if not self.relative:
             return attend(q, k, v, scale=scale, bias=bias)
-        added = self._logits(q, prefix, record.layout.grid)
-        return attend(q, k, v, scale=scale, extra=self.query_pos_bias, positions=added, bias=bias)
+        extra = self.query_pos_bias
+        if self.positions == "sequence":
+            table, of = self.key_pos_embeddings[0], self.key_pos_bias[0]
+            return attend_along(q, k, v, table, of, scale=scale, extra=extra, bias=bias)
+        added = self._logits(q * scale, scale, prefix, record.layout.grid)
+        return attend(q, k, v, scale=scale, extra=extra, positions=added, bias=bias)
 
     def _convolved(self, one: nn.Module, x: Tensor, prefix: int, valid: Tensor | None) -> Tensor:
         if valid is not None:
             x = x * valid[:, None, :, None]  # padding is as good as the end
         return torch.cat([x[:, :, :prefix], one(x[:, :, prefix:], causal=False)], 2)
 
-    def _logits(self, q: Tensor, prefix: int, grid: tuple[int, int] | None) -> Tensor:
-        tables, biases = self.key_pos_embeddings, self.key_pos_bias
-        if self.positions == "sequence":
-            return relative.logits(q, tables[0], q.shape[2], biases[0])
+    def _logits(self, q: Tensor, scale: float, prefix: int, grid: tuple[int, int] | None) -> Tensor:
+        """For scaled queries."""
         if grid is None:
             raise TokensError(
                 f"rcmha with positions='grid' got {q.shape[2]} tokens, which are not those of the "
                 "host's own image size; call it with such images, or use positions='sequence'"
             )
-        both = (biases[0], biases[1])
-        inside = relative.grid_logits(q[:, :, prefix:], tables[0], tables[1], grid, both)
+        rows, columns = self.key_pos_embeddings
+        down, across = (bias * scale for bias in self.key_pos_bias)
+        inside = relative.grid_logits(q[:, :, prefix:], rows, columns, grid, (down, across))
         return F.pad(inside, (prefix, 0, prefix, 0))  # the prefix has no place on the grid
 
 

@@ -46,7 +46,7 @@ class Filter(nn.Module):
 
 
 def present(bias: Tensor | None) -> Tensor:
-    """A bias that torch's types leave open and that is there."""
+    """What types leave open and is there."""
     assert bias is not None
     return bias
 
@@ -81,18 +81,63 @@ def attend(
         k, v: (B, H, T, d).
         scale: of all logits, positions included.
         extra: (H, d), u.
-        positions: (B, H, L, T), what positions add to the logits before the scale.
-        bias: broadcastable to (B, H, L, T), added behind the scale: masks, sizes.
+        positions: (B, H, L, T), what positions add to the logits, scaled already.
+        bias: broadcastable to (B, H, L, T), added likewise: masks, sizes.
         dropout: probability on the attention weights.
 
     Returns:
         (B, H, L, d).
     """
     if positions is not None:
-        positions = positions * scale
         bias = positions if bias is None else positions + bias
     q = q if extra is None else q + extra[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
+def attend_along(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    table_bias: Tensor,
+    *,
+    scale: float,
+    extra: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    rows: int = 256,
+) -> Tensor:
+    """The same with tables of a sequence, some queries at a time.
+
+    A few queries can need few more offsets than there are keys, all of them together twice as many;
+    and what positions add is never there for all pairs at once, but in the graph of a backward
+    pass.
+
+    Args:
+        q: (B, H, L, d), the last L of the places.
+        k, v: (B, H, T, d).
+        table: (2P, H, d), R.
+        table_bias: (2P, H), β.
+        scale: of all logits.
+        extra: (H, d), u.
+        bias: broadcastable to (B, H, L, T), added to the scaled logits.
+        dropout: probability on the attention weights.
+        rows: queries at a time.
+
+    Returns:
+        (B, H, L, d).
+    """
+    (count, keys), out = (q.shape[2], k.shape[2]), []
+    for start in range(0, count, rows):
+        some = q[:, :, start : start + rows]
+        first = keys - count + start
+        # scaled before the product, where there is less to scale
+        added = relative.logits(some * scale, table, keys, table_bias * scale, first)
+        own = bias if bias is None or bias.shape[-2] == 1 else bias[..., start : start + rows, :]
+        out.append(
+            attend(some, k, v, scale=scale, extra=extra, positions=added, bias=own, dropout=dropout)
+        )
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
 def reference(
@@ -105,7 +150,7 @@ def reference(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Twin of :func:`attend` with the tables of a sequence: the equation at the top, pair by pair.
+    """Twin of :func:`attend_along`: the equation at the top, pair by pair.
 
     Args:
         q: (B, H, L, d).
@@ -203,23 +248,25 @@ class RelativeConvolutionalAttention(nn.Module):
         history = min(self.reach, keys - length)
         q = self._heads(self.query, context[keys - length - history :])[:, :, history:]
         k, v = self._heads(self.key, context), self._heads(self.value, context)
-        positions = None
-        if self.key_pos_embeddings is not None:
-            positions = relative.logits(q, self.key_pos_embeddings, keys, self.key_pos_bias)
         bias = None
         if mask is not None:
             seen = mask.permute(2, 0, 1)[:, None] != 0  # (1 or B, 1, L, T)
             bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -math.inf)
-        out = attend(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            extra=self.query_pos_bias,
-            positions=positions,
-            bias=bias,
-            dropout=self.dropout.p if self.training else 0.0,
-        )
+        dropout = self.dropout.p if self.training else 0.0
+        if self.key_pos_embeddings is None:
+            out = attend(q, k, v, scale=self.scale, bias=bias, dropout=dropout)
+        else:
+            out = attend_along(
+                q,
+                k,
+                v,
+                self.key_pos_embeddings,
+                present(self.key_pos_bias),
+                scale=self.scale,
+                extra=self.query_pos_bias,
+                bias=bias,
+                dropout=dropout,
+            )
         return self.output(out.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(self, projection: nn.Sequential, x: Tensor) -> Tensor:
