@@ -16,6 +16,7 @@ from rich.table import Table
 
 import transom
 from transom.errors import SettingsError, TransomError
+from transom.gallery.commands import papers as paper_commands
 
 app = typer.Typer(
     name="transom",
@@ -96,7 +97,7 @@ def compare(
         str | None,
         typer.Option(
             help="Comma-separated, each with settings if you like: 'tome,pitome:ratio=0.9,evit'. "
-            "All that fit by default; a name alone runs at three budgets."
+            "All that fit by default; a name alone runs at three strengths."
         ),
     ] = None,
     weights: Annotated[
@@ -123,6 +124,13 @@ def compare(
         ),
     ] = None,
     speedup: Annotated[float, typer.Option(help="Wished, for --schedule auto.")] = 1.5,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the plain model's GFLOPs, such as 0.6: every method runs once, with the "
+            "setting that meets it by measurement; what cannot is listed with the reason."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("transom-compare"),
 ) -> None:
     """Measure methods side by side on your model and your images.
@@ -136,6 +144,8 @@ def compare(
     _threads(threads)
     if schedule not in (None, "auto"):
         raise SettingsError(f"--schedule is {schedule!r}; expected 'auto'")
+    if schedule and budget is not None:
+        raise SettingsError("--schedule and --budget both choose the settings; give one of them")
     built = create(model, weights=weights, pretrained=pretrained, seed=seed)
     chosen = parse_methods(methods)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,6 +161,7 @@ def compare(
             dtype=dtype,
             batch_size=batch_size,
             limit=limit,
+            budget=budget,
             rounds=rounds,
             seconds=seconds,
             seed=seed,
@@ -422,37 +433,7 @@ def lab_lr_transfer(
     console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def papers(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(help="Words to search for, or 'show SLUG' for one paper."),
-    ] = None,
-    ready: Annotated[bool, typer.Option("--ready", help="Only what works.")] = False,
-) -> None:
-    """List the papers transom knows, and which of them work.
-
-    'transom papers merging' searches; 'transom papers show tome' tells all about one.
-    """
-    from transom import cards, registry
-
-    words = words or []
-    rooms = registry.rooms()
-    if words[:1] == ["show"] and len(words) == 2:
-        _show(cards.card(words[1]), rooms.get(words[1]))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("slug", "family", "year", "works", "title"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("slug", "year"))
-    found = [c for c in cards.search(words) if not ready or c.slug in rooms]
-    for card in found:
-        kinds = ", ".join(rooms[card.slug].kinds) if card.slug in rooms else ""
-        works = f"[green]{kinds}[/]" if kinds else "[dim]coming[/]"
-        table.add_row(card.slug, card.family, str(card.year), works, card.title)
-    if not found:
-        raise TransomError(f"no paper matches {' '.join(words)!r}; try fewer or shorter words")
-    console.print(table)
-    console.print(f"{len(found)} papers, {sum(c.slug in rooms for c in found)} of them work")
+app.add_typer(paper_commands, name="papers")
 
 
 NAMES = ("library", "family", "model")  # columns of the table of hosts that are no slots
@@ -498,35 +479,6 @@ def hosts(
     console.print(
         f"{count} of {len(rows)} families fit in some slot; tried with {versions}", highlight=False
     )
-
-
-def _show(card: Any, room: Any) -> None:
-    import dataclasses
-
-    console.print(f"[bold]{card.title}[/] ({card.year})")
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("slug", card.slug)
-    table.add_row("family", card.family)
-    table.add_row("kind", card.kind)
-    table.add_row("works", ", ".join(room.kinds) if room else "coming")
-    for link in card.links:
-        table.add_row("link", link)
-    if card.code is not None:
-        table.add_row("code", getattr(card.code, "url", str(card.code)))
-    console.print(table)
-    if room is None:
-        return
-    if room.method is not None:
-        console.print(f"\n[bold]{room.method.__name__}[/] settings and defaults")
-        for field in dataclasses.fields(room.method):
-            console.print(f"  {field.name} = {field.default!r}")
-    if room.backbones:
-        console.print("\n[bold]timm models[/]")
-        for backbone in room.backbones:
-            console.print(f"  {backbone.name}", highlight=False)
-    for offer in room.offers:
-        console.print(f"{offer.kind} {offer.name}", highlight=False)
-    console.print(f"\n{(room.module.__doc__ or '').strip()}", highlight=False)
 
 
 @app.command()
@@ -656,12 +608,11 @@ def main() -> None:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+        # A wrong option: an exception of click, or of the click inside newer versions of typer.
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

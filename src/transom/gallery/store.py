@@ -39,8 +39,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchM
 from transom.cards import FAMILIES, KINDS, Card, load_cards
 from transom.errors import SettingsError, StoreError
 from transom.gallery.feed import Entry, cards_by_key, merge, recognised, same
+from transom.gallery.meaning import Meaning, fuse
 from transom.gallery.schema import entries as table
-from transom.gallery.schema import rooms
+from transom.gallery.schema import rooms, vectors
 from transom.gallery.search import Ranked, find, similar
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._writer = engine.execution_options(writes=True)
+        self._meaning = Meaning()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -335,10 +337,22 @@ class Store:
         with self.reads() as connection:
             return [_stored(row) for row in connection.execute(wanted)]
 
-    def search(self, text: str, limit: int = 20) -> list[Hit]:
-        """Entries for what a person typed, best first; none for a line without words."""
+    def search(self, text: str, limit: int = 20, *, meaning: bool = True) -> list[Hit]:
+        """Entries for what a person typed, best first; none for a line without words.
+
+        Args:
+            text: words, in any order.
+            limit: entries at most.
+            meaning: whether entries that mean the same in other words are found too, where there
+                is a model and `transom.gallery.meaning.index` has run.
+        """
         with self.reads() as connection:
-            return self._hits(find(connection, text, limit))
+            found = find(connection, text, limit)
+            if meaning:
+                near = self._meaning.rank(connection, text, max(limit, 20))
+                if near:
+                    found = fuse(find(connection, text, max(limit, 20)), near, limit)
+        return self._hits(found)
 
     def related(self, id: int, limit: int = 5) -> list[Hit]:
         """Entries whose title and abstract are most like those of this one.
@@ -347,9 +361,10 @@ class Store:
             StoreError: there is no such entry.
         """
         entry = self.get(id)
+        line = f"{entry.title} {entry.title} {entry.abstract}"
         with self.reads() as connection:
-            line = f"{entry.title} {entry.title} {entry.abstract}"
-            return self._hits(similar(connection, id, line, limit))
+            found = similar(connection, id, line, limit)
+        return self._hits(found)
 
     def _hits(self, ranked: Sequence[Ranked]) -> list[Hit]:
         scores = {each.id: each.score for each in ranked}
@@ -496,6 +511,8 @@ def _take_in(
     for each in papers:
         if each.id is not None and each.changed:
             connection.execute(table.update().where(table.c.id == each.id).values(_row(each)))
+            # The text may be another now: its vector is made anew.
+            connection.execute(vectors.delete().where(vectors.c.entry_id == each.id))
 
 
 def _row(paper: _Paper) -> Mapping[str, Any]:
