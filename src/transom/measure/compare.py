@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import transom
 from transom import hosts, registry
 from transom.errors import FitError, HostError, SettingsError, TokensError
 from transom.hosts import Host
+from transom.measure import budget as budgets
 from transom.measure import outputs
 from transom.measure.bench import Bench, MethodLike, Plan
 from transom.measure.comparison import Comparison
@@ -25,7 +27,8 @@ from transom.measure.preprocessing import Preprocessing, classes_of, preprocessi
 from transom.measure.quality import check_labels
 from transom.measure.row import CONTROL, PLAIN, Row
 from transom.measure.subjects import part, placed_copy
-from transom.registry import Method
+from transom.papers.baselines.random_visual import RandomVisual
+from transom.registry import Method, Takes
 from transom.slots import Restore
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ def compare(
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
     limit: int | None = None,
+    budget: float | None = None,
     control: bool = True,
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -67,7 +71,8 @@ def compare(
         images: An `ImageSet`, or whatever `transom.measure.load_images` reads: a folder, a
             parquet file, a tensor (N, 3, H, W), pictures.
         methods: Slugs, (slug, settings) pairs or instances. A bare slug stands for the settings
-            of its `grid`, from mild to strong. All methods of the registry by default.
+            of its `grid`, from mild to strong. By default all that need no training and mean
+            fewer tokens, and their random controls; with `budget` also those that need training.
         labels: (N,) class numbers. By default those of the folder or file are used if the model
             has a classification head; True uses them although it has none (`forward` returns
             class scores), False never.
@@ -75,6 +80,8 @@ def compare(
             model holds several hosts.
         restore: When tokens are restored to the full sequence, see `transom.apply`.
         forward: What is run and timed, (model, images (B, 3, H, W)) -> output; by default a call.
+            A model that sees and speaks needs one that adds the prompt; a decoder that loses
+            tokens gives fewer logits, so let it return those of the last token.
         quality: Measures of its own, (output, output of the plain host) -> name: number or one
             number an image (B,). Outputs come batch by batch, on the CPU, in float32. These
             columns stand before the standard ones.
@@ -86,6 +93,10 @@ def compare(
         seed: Of random numbers, and of methods that have a setting `seed`.
         preprocessing: What the model wants to see, if it does not say so itself.
         limit: Use at most so many images.
+        budget: Part of the plain host's GFLOPs, for example 0.6. Each method then has one row, with
+            the mildest setting that was measured to need at most that much. What a pair sets stays
+            as it is; an instance, and a pair that sets what would be searched, are measured as
+            given. Methods that cannot meet it are listed in `skipped`.
         control: Whether the quality of random pruning to the same token counts is measured too.
         resume: JSON lines file. Finished rows are written to it as they come, and rows that it
             has for the same model, data and conditions are taken from there.
@@ -108,11 +119,14 @@ def compare(
             f"batch_size={batch_size}, rounds={rounds}, seconds={seconds}: expected at least one "
             "image a call, one round and more than 0 seconds"
         )
-    host = _host(model, target)
+    if budget is not None:
+        budgets.check(budget)
+    found = _hosts(model, target)
     place, kind = _placed(model, device, dtype)
     data, labelled = _data(model, images, labels, preprocessing, limit)
     bench = Bench(
         base=placed_copy(model, place, kind),
+        hosts=found,
         target=target,
         restore=restore,
         data=data,
@@ -129,14 +143,16 @@ def compare(
     )
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        plans, skipped = bench.plan(_chosen(methods), host, seed)
+        plans, skipped = bench.plan(_chosen(methods, bench, budget), seed, budget)
         facts = {
             **bench.facts(),
             "seed": seed,
             "model": fingerprint(model),
             "data": data.fingerprint(),
         }
-        environment = _environment(model, host, bench, seed, command)
+        environment = _environment(model, next(iter(found.values())), bench, seed, command)
+        if budget is not None:
+            environment["budget"] = budget
         result = Comparison([], environment, skipped, list(data.skipped))
         try:
             _run(bench, plans, facts, Journal(resume), result, seed, progress)
@@ -174,7 +190,8 @@ def _run(
             progress(row, len(result.rows), total)
 
 
-def _host(model: nn.Module, target: str) -> Host:
+def _hosts(model: nn.Module, target: str) -> dict[Takes, Host]:
+    """What methods can be fitted to: an encoder, a decoder, or one of each."""
     if not isinstance(model, nn.Module):
         raise HostError(f"got a {type(model).__name__}; expected a torch.nn.Module")
     if transom.fittings(model):
@@ -183,7 +200,18 @@ def _host(model: nn.Module, target: str) -> Host:
             f"{slugs} is fitted to this model, so the plain host cannot be measured; call "
             "transom.remove(model) first and name the method in `methods`"
         )
-    return hosts.find(part(model, target))
+    inside, found = part(model, target), dict[Takes, Host]()
+    try:
+        found["encoder"] = hosts.find(inside)
+    except HostError:
+        try:
+            found["decoder"] = hosts.find(inside, decodes=True)
+        except HostError:
+            hosts.find(inside)  # whose reasons are the ones to tell
+        return found
+    with contextlib.suppress(HostError):
+        found["decoder"] = hosts.find(inside, decodes=True)
+    return found
 
 
 def _data(
@@ -236,19 +264,28 @@ def _placed(
     return place, dtype or own.dtype
 
 
-def _chosen(methods: Sequence[MethodLike] | None) -> list[MethodLike]:
+def _chosen(
+    methods: Sequence[MethodLike] | None, bench: Bench, budget: float | None
+) -> list[MethodLike]:
     if methods is None:
-        # what is fair without training, on images: fewer tokens
-        ready = [
-            slug
-            for slug, cls in registry.methods().items()
-            if ".tokens." in cls.__module__ and cls.takes == "encoder" and not cls.needs_training
-        ]
-        return [*ready, CONTROL]
+        listed: list[MethodLike] = [slug for slug, cls in _reducing(bench, budget)]
+        controls = {"encoder": CONTROL, "decoder": RandomVisual.slug}
+        return [*listed, *(controls[takes] for takes in bench.hosts)]
     if isinstance(methods, (str, Method)):
         methods = [methods]
     # The plain host is always measured; naming it does no harm.
     return [method for method in methods if method != PLAIN]
+
+
+def _reducing(bench: Bench, budget: float | None) -> Iterator[tuple[str, type[Method]]]:
+    """Methods that mean fewer tokens: what is fair without training, or, at one budget, all."""
+    for slug, cls in registry.methods().items():
+        if ".tokens." not in cls.__module__:
+            continue
+        if budget is not None or (
+            cls.takes in bench.hosts and not cls(**cls.grid(12, 196)[-1]).needs_training
+        ):
+            yield slug, cls
 
 
 def _environment(

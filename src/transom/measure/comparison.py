@@ -116,6 +116,14 @@ class Comparison:
             parts.append(
                 f"by chance: {self.qualities[0]} of random pruning to the same token counts"
             )
+        if "budget" in env:
+            parts.append(
+                f"settings found by measurement to need at most {env['budget']:g} of the plain "
+                "host's GFLOPs"
+            )
+        raw = sorted({row.method for row in self.rows if row.untrained})
+        if raw:
+            parts.append(f"not trained, so only the costs count: {', '.join(raw)}")
         parts += [f"{method} left out: {reason}" for method, reason in self.skipped]
         if self.skipped_images:
             names = ", ".join(name for name, _ in self.skipped_images[:3])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transom import parity
+from transom import parity, registry
 from transom.errors import DataError
 
 PLAIN = "plain"
@@ -70,6 +70,13 @@ class Row:
     def timed(self) -> bool:
         """Whether its times may be shown: not while a golden case of the method fails."""
         return not parity.is_red(self.method)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the method came with parameters that have no meaning before training."""
+        if self.method not in registry.methods():
+            return False
+        return registry.build(self.method, self.settings).needs_training
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from transom import hosts, registry
 from transom.errors import FitError, SettingsError
+from transom.measure.budget import removals
 from transom.measure.compare import compare
 from transom.measure.row import LOWER_IS_BETTER, Row
 from transom.measure.subjects import part
@@ -82,24 +83,6 @@ def patterns(depth: int) -> dict[str, list[float]]:
         name = "one block" if count == 1 else f"{count} blocks"
         found[name] = [1.0 if i in places else 0.0 for i in range(depth)]
     return {name: [w / sum(ws) for w in ws] for name, ws in found.items() if sum(ws)}
-
-
-def removals(weights: Sequence[float], patches: int, part: float) -> list[int]:
-    """Tokens to remove in each block; never more than half of those there.
-
-    Args:
-        weights: shares by block, summing to one.
-        patches: patch tokens that enter.
-        part: of them to remove in all.
-    """
-    removed, owed, left = [], 0.0, patches
-    for weight in weights:
-        owed += weight * part * patches
-        now = min(int(owed + 0.5), left // 2) if weight else 0
-        removed.append(now)
-        owed -= now
-        left -= now
-    return removed
 
 
 def choose(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -13,8 +16,9 @@ from torch import nn
 import transom
 from transom.errors import HostError
 from transom.hosts import Host
+from transom.papers.baselines.none import NoOp
 from transom.papers.baselines.slice import Slice
-from transom.registry import Method
+from transom.registry import Method, Takes
 from transom.slots import Ask, Fill, Restore, TokenStep
 from transom.tokens import Tokens
 
@@ -94,6 +98,28 @@ class _Fold:
         return Tokens(kept.x, replace(kept.record, index=index.clamp(min=0)))
 
 
+@dataclass(frozen=True)
+class DecoderTwin(Twin):
+    """The same behind the layers of a decoder, where its methods let tokens go."""
+
+    takes: ClassVar[Takes] = "decoder"
+
+    def fit(self, host: Host) -> list[Fill]:
+        return [replace(fill, tokens=None, after=fill.tokens) for fill in super().fit(host)]
+
+
+@dataclass(frozen=True)
+class DecoderNoOp(NoOp):
+    """The neutral method on a decoder."""
+
+    takes: ClassVar[Takes] = "decoder"
+
+
+def idle(takes: Takes) -> Method:
+    """What fills nothing, for an encoder or a decoder."""
+    return NoOp() if takes == "encoder" else DecoderNoOp()
+
+
 def fitted(
     model: M, method: Method, target: str, restore: Restore | None, *, check: bool = False
 ) -> M:
@@ -111,8 +137,24 @@ def fitted(
         FitError: If the method does not fit it.
     """
     subject = shared_copy(model)
-    transom.apply(part(subject, target), method, restore=restore, check=check)
+    with _unwarned():
+        transom.apply(part(subject, target), method, restore=restore, check=check)
     return subject
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without a warning a copy that its method is not trained: the comparison says so once."""
+    log = logging.getLogger("transom.api")
+    log.addFilter(_tells)
+    try:
+        yield
+    finally:
+        log.removeFilter(_tells)
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING
 
 
 def part(model: nn.Module, target: str) -> nn.Module:

@@ -35,7 +35,14 @@ class KeepFirst:
             valid = valid[:, : self.count]
         if home is not None:
             home = home[:, : self.count]
-        changed = replace(record, index=index, size=size, valid=valid, home=home)
+        visual, words = record.visual, record.words
+        if visual is not None:
+            visual = visual[:, : self.count]
+        if words is not None:
+            words = words[:, : self.count]
+        changed = replace(
+            record, index=index, size=size, valid=valid, home=home, visual=visual, words=words
+        )
         return Tokens(tokens.x[:, : self.count], changed)
 
 

@@ -230,7 +230,7 @@ class PiToMe(Method):
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         # ratios that leave 3/4, 1/2 and 1/5 of the patches after the last block
-        return [{"ratio": round(left ** (1 / depth), 4)} for left in (0.75, 0.5, 0.2)]
+        return [{"ratio": max(0.5, round(left ** (1 / depth), 4))} for left in (0.75, 0.5, 0.2)]
 
     @classmethod
     def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any]:
