@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,16 @@ import transom
 from tests.common.hosts import hf, images, timm_vit
 from transom import registry
 from transom.errors import SettingsError, TokensError
-from transom.papers.attention.sparsifiner.predictor import Budget, MaskPredictor, gathered, masked
+from transom.measure.cost import MIB, peak_memory_mib
+from transom.papers.attention.sparsifiner import LONG, PredictedAttention
+from transom.papers.attention.sparsifiner.predictor import (
+    Budget,
+    MaskPredictor,
+    attend,
+    gathered,
+    masked,
+    predicted,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -90,6 +101,38 @@ def test_each_patch_sees_its_budget(path: str) -> None:
     assert few is not None
     assert (few.sum(-1) == 4).all()
     assert not few[..., 5:].any()
+
+
+@pytest.mark.parametrize("path", ["masked", "gathered", "auto"])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@torch.no_grad()
+def test_a_few_queries_at_a_time_are_all_of_them(path: str, prefix: int) -> None:
+    torch.manual_seed(0)
+    predictor = MaskPredictor(8, 50, 4, 2, budget=Budget(0.2, coef_topk=3)).double().eval()
+    q, k, v = torch.randn(3, 2, 3, 50, 8, dtype=torch.float64).unbind(0)
+    for bias in (None, torch.randn(2, 1, 50, 50).double(), torch.randn(1, 3, 1, 50).double()):
+        given: Any = {"scale": 0.3, "bias": bias, "prefix": prefix, "path": path}
+        expected = attend(q, k, v, predictor(q, k, None, prefix), **given)
+        got = predicted(predictor, q, k, v, rows=7, **given)
+        torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
+def test_long_inputs_never_hold_all_pairs() -> None:
+    count = LONG + 500
+    operator = PredictedAttention(MaskPredictor(8, count), "auto").eval()
+    record: Any = SimpleNamespace(layout=SimpleNamespace(prefix=1), valid=None)
+    q, k, v = torch.randn(3, 1, 1, count, 8).unbind(0)
+    run = partial(operator, q, k, v, bias=None, scale=0.3, record=record)
+    few = peak_memory_mib(run, torch.device("cpu"))
+    every = peak_memory_mib(partial(_at_once, operator, q, k, v), torch.device("cpu"))
+    assert few < 0.4 * every
+    assert every > 2 * 4 * count**2 / MIB  # more than a number for each pair of one head
+    torch.testing.assert_close(run(), _at_once(operator, q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def _at_once(operator: PredictedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, operator.predictor(q, k, mask=False), scale=0.3)
 
 
 def sharp() -> Any:

@@ -21,8 +21,10 @@ is at most that of the patches left in the same image (the official code takes t
 the batch and remembers it).
 
 Two paths compute the same attention: "masked" in one fused kernel, "gathered" from copies of the
-chosen keys (on CPUs the faster one where a query has less than about 1 key in 24). Making the
-prediction is quadratic in N as well; on a CPU it takes longer than fused dense attention at all
+chosen keys (on CPUs the faster one where a query has less than about 1 key in 24). Beyond 1,024
+tokens, outside of training, both work a few queries at a time, so that memory is not that of all
+pairs of each head (and hooks on the predictor see nothing). Making the prediction is quadratic in
+N as well; on a CPU it takes longer than fused dense attention at all
 sizes tried (197 to 4,097 tokens), so there the connections are sparse but nothing is faster.
 
 Checked: goldens of the attention (top-k, thresholds, phase 1), both models and the losses; both
@@ -49,6 +51,7 @@ from transom.papers.attention.sparsifiner.predictor import (
     Path,
     Score,
     attend,
+    predicted,
 )
 from transom.papers.attention.sparsifiner.training import Phases
 from transom.registry import Method, Offer, Training
@@ -56,6 +59,9 @@ from transom.slots import Fill
 from transom.tokens import Record
 
 __all__ = ["BACKBONES", "Sparsifiner"]
+
+
+LONG = 1024  # tokens; beyond, predictions are made a few queries at a time
 
 
 class PredictedAttention(nn.Module):
@@ -83,10 +89,16 @@ class PredictedAttention(nn.Module):
         """Heads (B, H, N, d) from q, k, v (B, H, N, d)."""
         assert record is not None
         prefix, live = record.layout.prefix, record.valid
-        found = self.predictor(q, k, live, prefix, mask=self.path == "masked")
+        path, budget = self.path, self.predictor.budget
+        long = q.shape[2] > LONG and not self.training
+        if long and live is None and budget.score == "topk":
+            return predicted(
+                self.predictor, q, k, v, scale=scale, bias=bias, prefix=prefix, path=path
+            )
+        found = self.predictor(q, k, live, prefix, mask=False)
         if self.predictor.phase1:
             return attention.attend(q, k, v, bias, scale=scale)
-        y = attend(q, k, v, found, scale=scale, bias=bias, prefix=prefix, path=self.path)
+        y = attend(q, k, v, found, scale=scale, bias=bias, prefix=prefix, path=path)
         if self.training:
             # only further losses train the predictor, yet it takes part in every backward pass,
             # or training on several processes would wait for it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -135,28 +136,68 @@ class MaskPredictor(nn.Module):
         Raises:
             TokensError: there are not the N tokens the predictor was made for.
         """
-        tokens, rank = self.proj_n.shape
+        low, summary = self._reduced(q, k, live, prefix)
+        return self._found(low, summary, self._basis(), live, prefix, mask)
+
+    def by_rows(self, q: Tensor, k: Tensor, prefix: int, rows: int) -> Iterator[Prediction]:
+        """The same for `rows` queries at a time, so that all pairs are never there at once.
+
+        Without masks, so for budgets that choose by "topk", and with all tokens there.
+        """
+        low, summary = self._reduced(q, k, None, prefix)
+        basis = self._basis()
+        for some in low.split(rows, 2):
+            yield self._found(some, summary, basis, None, prefix, False)
+
+    def _reduced(
+        self, q: Tensor, k: Tensor, live: Tensor | None, prefix: int
+    ) -> tuple[Tensor, Tensor]:
+        """Narrow queries (B, H, R, r), and (B, H, r, K): what is left of the keys."""
+        tokens = self.proj_n.shape[0]
         if q.shape[2] != tokens:
             raise TokensError(
                 f"Sparsifiner's predictor was made for {tokens} tokens, but {q.shape[2]} came; "
                 "its parameters belong to places, so use images of the size it was fitted for, "
                 "and no method that removes tokens before it"
             )
-        heads, budget = q.shape[1], self.budget
         q, k = self.proj_c_q(q[:, :, prefix:]), self.proj_c_k(k)
         if live is not None:
             q = q.masked_fill(~live[:, None, prefix:, None], 0)
             k = k.masked_fill(~live[:, None, :, None], 0)
-        c = ((q @ (k.mT @ self.proj_n)) * heads**-0.5).softmax(-1)
+        return q, (k.mT @ self.proj_n) * q.shape[1] ** -0.5
+
+    def _basis(self) -> Tensor:
+        """(K, N)."""
         basis = self.proj_back_n.mT
+        if self.phase1:
+            return basis
+        return _above(basis.abs(), self.budget.basis_threshold).contiguous()
+
+    def _found(
+        self,
+        low: Tensor,
+        summary: Tensor,
+        basis: Tensor,
+        live: Tensor | None,
+        prefix: int,
+        mask: bool,
+    ) -> Prediction:
+        budget = self.budget
+        c = (low @ summary).softmax(-1)
+        kept = None
         if not self.phase1:
-            basis = _above(basis.abs(), budget.basis_threshold)
             if budget.coef_topk is None:
                 c = _above(c, budget.coef_threshold)
-            elif budget.coef_topk < rank:
-                kept = c.topk(budget.coef_topk, -1)
+            elif budget.coef_topk < c.shape[-1]:
+                kept = c.topk(budget.coef_topk, -1, sorted=False)
                 c = torch.zeros_like(c).scatter(-1, kept.indices, kept.values)
-        approx = c @ basis
+        if kept is None or self.training or c.device.type != "cpu":
+            approx = c @ basis
+        else:  # a few rows of the basis; most of the product would be with zeros
+            weights, places = (t.flatten(0, 2) for t in (kept.values, kept.indices))
+            approx = F.embedding_bag(places, basis, per_sample_weights=weights, mode="sum").view(
+                *c.shape[:-1], -1
+            )
         with torch.no_grad():
             index, chosen = self._choice(approx.detach(), live, prefix, mask)
         return Prediction(c, approx, index, chosen)
@@ -190,7 +231,8 @@ def _best(
     score: Tensor, live: Tensor | None, prefix: int, keys: int, wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The best keys as a mask (if wanted) and as an index (if all rows have as many)."""
-    index = score.topk(keys, -1).indices
+    # as a set, unless ranks decide what counts; sorting would take half of the time
+    index = score.topk(keys, -1, sorted=live is not None).indices
     ones = torch.ones_like(index, dtype=torch.bool)
     if live is not None:
         # the k-th best counts only while there are as many tokens behind the prefix
@@ -230,16 +272,51 @@ def attend(
     """
     if found.places is not None and (
         path == "gathered"
-        or (path == "auto" and gathers(q.shape[2], found.places.shape[-1], q.device))
+        or (path == "auto" and gathers(k.shape[2], found.places.shape[-1], q.device))
     ):
         rows = gathered(q[:, :, prefix:], k, v, found.places, scale, _rows(bias, prefix, None))
     else:
-        mask = _mask(found)
-        rows = masked(q[:, :, prefix:], k, v, mask, scale, _rows(bias, prefix, None))
+        rows = _masked(q[:, :, prefix:], k, v, found, scale, _rows(bias, prefix, None))
     if not prefix:
         return rows
     lead = attention.attend(q[:, :, :prefix], k, v, _rows(bias, 0, prefix), scale=scale)
     return torch.cat([lead, rows], 2)
+
+
+def predicted(
+    predictor: MaskPredictor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    prefix: int = 1,
+    path: Path = "auto",
+    rows: int = 256,
+) -> Tensor:
+    """Prediction and attention together, `rows` queries at a time.
+
+    So no head needs memory for all its pairs; what is left that grows with N² is the basis.
+
+    Args:
+        predictor: whose budget is "topk".
+        q, k, v, scale, bias, prefix, path: see :func:`attend`.
+        rows: queries at a time.
+
+    Returns:
+        (B, H, N, d).
+    """
+    out, start = [], prefix
+    if prefix:
+        own = _rows(bias, 0, prefix)
+        out.append(attention.attend(q[:, :, :prefix], k, v, own, scale=scale))
+    for found in predictor.by_rows(q, k, prefix, rows):
+        stop = start + found.approx.shape[2]
+        some, own = q[:, :, start:stop], _rows(bias, start, stop)
+        out.append(attend(some, k, v, found, scale=scale, bias=own, prefix=0, path=path))
+        start = stop
+    return torch.cat(out, 2)
 
 
 def gathers(tokens: int, keys: int, device: torch.device) -> bool:
@@ -260,6 +337,17 @@ def _mask(found: Prediction) -> Tensor:
 
 def _rows(bias: Tensor | None, start: int, end: int | None) -> Tensor | None:
     return bias if bias is None or bias.shape[-2] == 1 else bias[:, :, start:end]
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, found: Prediction, scale: float, bias: Tensor | None
+) -> Tensor:
+    if found.mask is not None or found.places is None or bias is not None:
+        return masked(q, k, v, _mask(found), scale, bias)
+    # every query has keys, and zeros where they are make the mask in one pass
+    added = torch.full_like(found.approx, torch.finfo(q.dtype).min, dtype=q.dtype)
+    added = added.detach().scatter_(-1, found.places, 0.0)
+    return attention.attend(q, k, v, added, scale=scale)
 
 
 def masked(
