@@ -482,6 +482,11 @@ def _fitting(host: Host, method: Method, where: Where, restore: Restore | None) 
             f"{host.closed[slot]}"
         )
     _refuse_parts_missing(host, fills, method.slug)
+    if host.causal and not method.keeps_order and any(fill.slots() for fill in fills):
+        raise FitError(
+            f"in this {host.family} a token sees only those before it and the last one is read, so "
+            f"tokens have to stay in order, which {method.slug} does not see to; 'crossget' does"
+        )
     if host.decodes and any(fill.size_bias for fill in fills):
         raise FitError(
             f"{method.slug} counts tokens by size, which the cache of a decoder does not keep"

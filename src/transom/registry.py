@@ -137,6 +137,8 @@ class Method(ABC):
     """Whether hosts without a class token are refused."""
     needs_grid: ClassVar[bool] = False
     """Whether hosts whose patches have no known grid are refused."""
+    keeps_order: ClassVar[bool] = False
+    """Whether tokens stay in their order, and the last one of a text that is read from it stays."""
     needs_training: ClassVar[bool] = False
     """Whether new parameters have no meaning before training; `apply` says so."""
 

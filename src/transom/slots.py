@@ -23,8 +23,16 @@ from transom.errors import HostError, TokensError
 from transom.instrumented import Instrumented
 from transom.ops import attention, rows
 from transom.projections import Projections
-from transom.tokens import Layout, Record, Tokens, representatives, restore
-from transom.watching import BlockWatch, trace_of, watches_of
+from transom.tokens import (
+    Layout,
+    Record,
+    Tokens,
+    representatives,
+    restore,
+    with_guests,
+    without_guests,
+)
+from transom.watching import GUESTS, BlockWatch, trace_of, watches_of
 
 Restore = Literal["never", "end", "every"]
 
@@ -58,6 +66,7 @@ class Ask:
         renumbers: whether moved tokens get the positions they now have instead of their old ones.
         watch: who wants to see, or to change, what is inside this attention.
         stream: (B, N, D) tokens as they enter the block, before its first norm.
+        guests: number of tokens behind those of the host.
     """
 
     bias: Tensor | None = None
@@ -79,6 +88,7 @@ class Ask:
     renumbers: bool = False
     watch: BlockWatch | None = None
     stream: Tensor | None = None
+    guests: int = 0
 
     def attend(
         self,
@@ -145,7 +155,7 @@ class Ask:
     def plain(self) -> bool:
         """Whether the host's own attention does all that is asked."""
         untouched = not self.moved and self.bias is None and self.watch is None
-        return untouched and not self.keep and self.operator is None
+        return untouched and not self.keep and not self.guests and self.operator is None
 
     @property
     def key(self) -> Tensor:
@@ -164,6 +174,25 @@ class TokenStep(Protocol):
 
     def __call__(self, tokens: Tokens, attended: Ask) -> Tokens:
         """The tokens that go on."""
+
+
+class Entrance(Protocol):
+    """Fills the slot `tokens` too: what happens to the tokens at the door of a block.
+
+    It may bring guests: tokens beside those of the host, which run through this block behind all
+    others. The host's loop never sees them, and no output holds them.
+    """
+
+    def __call__(
+        self, x: Tensor, guests: Tensor | None, record: Record
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens (B, N, D), changed or not, and the guests (B, G, D) of this block.
+
+        Args:
+            x: that arrive, without guests.
+            guests: as they left the block before that had some; None in front of the first.
+            record: of x.
+        """
 
 
 class Mixer(Protocol):
@@ -196,6 +225,8 @@ class Fill:
     Attributes:
         tokens: the token step between attention and ffn; None leaves the slot empty.
         after: a token step behind the ffn; takes the same slot.
+        enter: what happens to the tokens at the door; takes the same slot. Where it brings
+            guests, the token step finds them last, and has to leave them there.
         attention: an attention operator (q, k, v, bias, scale, record) -> (B, H, N, d) between
             the host's own projections; None likewise. In decoders it gets the `ask` as well, and
             corrections of different stages (:class:`transom.instrumented.Instrumented`) share
@@ -212,6 +243,7 @@ class Fill:
 
     tokens: TokenStep | None = None
     after: TokenStep | None = None
+    enter: Entrance | None = None
     attention: Callable[..., Tensor] | None = None
     mixer: Mixer | None = None
     norms: tuple[Norm | None, Norm | None] = (None, None)
@@ -223,8 +255,9 @@ class Fill:
 
     def slots(self) -> set[str]:
         """Names of the slots this fill takes."""
+        steps = (self.tokens, self.after, self.enter)
         taken = {
-            "tokens": self.tokens is not None or self.after is not None,
+            "tokens": any(step is not None for step in steps),
             "attention": self.attention is not None or self.mixer is not None,
             "norm": self.norms != (None, None),
             "ffn": self.ffn is not None,
@@ -233,7 +266,8 @@ class Fill:
 
     def parts(self) -> tuple[object, ...]:
         """Everything that fills a slot, in a fixed order; None where nothing does."""
-        return (self.tokens, self.after, self.attention, self.mixer, *self.norms, self.ffn)
+        between = (self.attention, self.mixer, *self.norms, self.ffn)
+        return (self.tokens, self.after, *between, self.enter)
 
     def clashes(self, other: Fill) -> set[str]:
         """Names of the slots that both take and cannot share."""
@@ -252,6 +286,7 @@ class Fill:
         return Fill(
             tokens=self.tokens if "tokens" in taken else other.tokens,
             after=self.after if "tokens" in taken else other.after,
+            enter=self.enter if "tokens" in taken else other.enter,
             attention=operator,
             mixer=self.mixer if "attention" in taken else other.mixer,
             norms=self.norms if "norm" in taken else other.norms,
@@ -342,6 +377,7 @@ class Call:
     Attributes:
         records: `records[i]` is what enters block i.
         counts: tokens that enter block i; None while the sequence is the original one.
+        guests: tokens beside the host's that left the block before i; None without any.
     """
 
     def __init__(self, stack: FittedStack, restore: Restore) -> None:
@@ -349,6 +385,7 @@ class Call:
         self.restore = restore
         self.records: list[Record | None] = [None] * (len(stack) + 1)
         self.counts: list[int | None] = [None] * (len(stack) + 1)
+        self.guests: list[Tensor | None] = [None] * (len(stack) + 1)
         self.trace = trace_of(stack)
         self.watches = watches_of(stack.fitted)
         self.tracks = self.restore != "never" or self.trace is not None
@@ -551,6 +588,12 @@ class BlockFlow:
         )
         record = ask.record = view.prepare(ask, record, *args, **kwargs)
         step, after = (None, None) if ask.decoding else (fill.tokens, fill.after)
+        host, guests = record, call.guests[i] if i else None
+        if fill.enter is not None and not ask.decoding:
+            x, guests = fill.enter(x, guests, record)
+            if guests is not None:
+                x, record = self._welcome(x, guests, record, ask, watch)
+        visitors, together = ask.guests, record
         size = record.size if fill.size_bias else None
         mixes = fill.mixer is not None
         if size is not None or mixes or not ask.plain:
@@ -593,10 +636,29 @@ class BlockFlow:
         if after is not None:
             tokens, full = self._step(after, Tokens(x, left), ask, full, call)
             x, left = tokens.x, tokens.record
+        if visitors:
+            x, guests = x.tensor_split((x.shape[1] - visitors,), 1)
+            stayed, noted = left is record, record is not together
+            record = without_guests(record, visitors) if noted else host
+            left = record if stayed else without_guests(left, visitors)
+        call.guests[i + 1] = guests
         if watch is not None:
             x = watch.at("residual.post", x)
         call.leave(i, record, Tokens(x, left))
         return view.depart(self._shown(call, x, left, full), *args, **kwargs)
+
+    def _welcome(
+        self, x: Tensor, guests: Tensor, record: Record, ask: Ask, watch: BlockWatch | None
+    ) -> tuple[Tensor, Record]:
+        """The tokens with guests behind them, and their record, of which the ask is told."""
+        if watch is not None:
+            guests = watch.at(GUESTS, guests)
+        ask.guests = guests.shape[1]
+        ask.record = record = with_guests(record, ask.guests)
+        ask.home = None if ask.home is None else record.home
+        x = torch.cat([x, guests.to(x.dtype)], 1)
+        ask.stream = None if ask.stream is None else x
+        return x, record
 
     def _step(
         self, step: TokenStep, tokens: Tokens, ask: Ask, full: Tensor, call: Call

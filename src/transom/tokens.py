@@ -219,6 +219,49 @@ class Tokens:
         return self._after(x, Matching(index, rest, last), size, lead)
 
 
+def with_guests(record: Record, count: int) -> Record:
+    """The record of the same tokens with `count` guests behind them.
+
+    A guest is real, stands for itself alone, and belongs behind the original sequence.
+    """
+
+    def longer(x: Tensor | None, value: float) -> Tensor | None:
+        if x is None:
+            return None
+        return torch.cat([x, x.new_full((x.shape[0], count, *x.shape[2:]), value)], 1)
+
+    home = record.home
+    if home is not None:
+        behind = torch.arange(count, device=home.device) + record.layout.count
+        home = torch.cat([home, behind.expand(len(home), -1)], 1)
+    return replace(
+        record,
+        size=longer(record.size, 1),
+        valid=longer(record.valid, True),
+        home=home,
+        visual=longer(record.visual, False),
+        words=longer(record.words, 0),
+        voice=longer(record.voice, 1),
+    )
+
+
+def without_guests(record: Record, count: int) -> Record:
+    """The record without the last `count` tokens, which are guests."""
+
+    def shorter(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :-count]
+
+    return replace(
+        record,
+        size=shorter(record.size),
+        valid=shorter(record.valid),
+        home=shorter(record.home),
+        visual=shorter(record.visual),
+        words=shorter(record.words),
+        voice=shorter(record.voice),
+    )
+
+
 def restore(x: Tensor, record: Record, missing: Tensor | None = None) -> Tensor:
     """The full sequence again: every original token gets the features it now lives in.
 

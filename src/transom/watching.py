@@ -40,6 +40,9 @@ NAMES = (
     "residual.post",
 )
 
+# Tokens beside those of the host, in blocks where a method brings some.
+GUESTS = "guests"
+
 
 class Trace:
     """What the latest call inside :func:`transom.trace` did.

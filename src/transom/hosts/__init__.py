@@ -6,6 +6,7 @@ from torch import nn
 
 from transom.errors import HostError
 from transom.hosts import (
+    hf_clip_text,
     hf_common,
     hf_decoder,
     hf_text,
@@ -19,7 +20,7 @@ from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ENCODERS = (timm_vit, timm_windows, multihead, hf_vision, hf_text)
+ENCODERS = (timm_vit, timm_windows, multihead, hf_vision, hf_text, hf_clip_text)
 DECODERS = (hf_decoder,)
 ADAPTERS = (*ENCODERS, *DECODERS)
 

@@ -77,6 +77,8 @@ class Host:
         closed: slots that cannot be filled here, each with the reason.
         modality: what the tokens are pieces of.
         decodes: whether it is a decoder: tokens see only those before them.
+        causal: whether tokens of this encoder see only those before them, and the last real one
+            is read.
     """
 
     family: str
@@ -98,6 +100,7 @@ class Host:
     closed: Mapping[str, str] = field(default_factory=dict)
     modality: Modality = "image"
     decodes: bool = False
+    causal: bool = False
     more_stacks: tuple[tuple[str, nn.Module], ...] = ()
 
     @property

@@ -9,7 +9,9 @@
 
 Names are `blocks.I.` and one of :data:`transom.watching.NAMES`; `*` stands for any block, negative
 numbers count from the end. Shapes: residual, attention.output, ffn: (B, N, D); query, key, value,
-head_output: (B, H, N, d); probabilities: (B, H, N, N). Nothing but what is asked for is computed
+head_output: (B, H, N, d); probabilities: (B, H, N, N). Where a method brings tokens of its own into
+a block, they stand last in all of these but the residual in front and behind, and `guests` names
+them alone, (B, G, D). Nothing but what is asked for is computed
 or kept, attention stays fused (probabilities are computed beside it), and everything is as before
 when the context is left, also by an exception. Works on top of fitted methods.
 """
@@ -30,7 +32,7 @@ from transom.errors import FitError, HostError, SettingsError
 from transom.hosts import Host
 from transom.registry import Method, Takes
 from transom.slots import Fill
-from transom.watching import NAMES, Edit, Watch, watching
+from transom.watching import GUESTS, NAMES, Edit, Watch, watching
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _chosen(model: nn.Module, decoder: bool | None) -> api._Installation:
 def _full(pattern: str, depth: int) -> list[str]:
     """Full names that a pattern stands for."""
     match = re.fullmatch(r"blocks\.(\*|-?\d+)\.(.+)", pattern)
-    if match is None or match[2] not in NAMES:
+    if match is None or match[2] not in (*NAMES, GUESTS):
         tail = match[2] if match else pattern
         close = difflib.get_close_matches(tail, NAMES, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

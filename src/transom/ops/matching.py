@@ -53,6 +53,14 @@ class Matching(NamedTuple):
             torch.cat([front, self.keep + prefix], 1), self.source + prefix, self.into + prefix
         )
 
+    def before(self, count: int, suffix: int) -> Matching:
+        """The same matching of `count` tokens before `suffix` others, which stay last."""
+        if not suffix:
+            return self
+        last = torch.arange(count, count + suffix, device=self.keep.device)
+        keep = torch.cat([self.keep, last.expand(self.keep.shape[0], -1)], 1)
+        return Matching(keep, self.source, self.into)
+
 
 def unit(metric: Tensor) -> Tensor:
     """Rows of `metric` (B, N, c) scaled to length one; a zero row stays zero."""

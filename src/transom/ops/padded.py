@@ -135,7 +135,12 @@ def bipartite(metric: Tensor, valid: Tensor, r: int, prefix: int = 0) -> Matchin
 
 @torch.no_grad()
 def complete(
-    metric: Tensor, valid: Tensor, r: int, importance: Tensor | None = None, prefix: int = 0
+    metric: Tensor,
+    valid: Tensor,
+    r: int,
+    importance: Tensor | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
 ) -> Matching:
     """:func:`transom.ops.matching.complete` of each item's real tokens.
 
@@ -145,16 +150,17 @@ def complete(
         r: tokens to remove, in no item more than half of its real tokens behind the prefix.
         importance: (B, N); None when all tokens matter alike.
         prefix: number of leading tokens that are left alone.
+        suffix: number of the last real tokens that are left alone.
 
     Returns:
-        A matching with M = N - min(r, (N - prefix) // 2).
+        A matching with M = N - min(r, (N - prefix - suffix) // 2).
     """
     count = metric.shape[1]
     found = real(valid)
-    most = max(0, min(r, (count - prefix) // 2))
-    each = ((found.amount - prefix) // 2).clamp(0, most)
+    most = max(0, min(r, (count - prefix - suffix) // 2))
+    each = ((found.amount - prefix - suffix) // 2).clamp(0, most)
     place = _places(metric, count)
-    held = (place < prefix) | (place >= found.amount[:, None])
+    held = (place < prefix) | (place >= (found.amount - suffix)[:, None])
     graph = complete_graph(rows.take(metric, found.order), held)
     if importance is not None:
         importance = importance.gather(1, found.order)

@@ -1,0 +1,417 @@
+"""CrossGET on fitted hosts: cross tokens as guests of the blocks, both towers of CLIP, BLIP."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import transom
+from tests.common.cases import anatomy
+from tests.common.hosts import HOSTS, call, hf_clip, images, tensors
+from tests.zoo.hf_zoo import BLIP_TEXT, FAMILIES, joint, questions
+from transom.errors import FitError, HostError, SettingsError, TokensError
+from transom.hosts import Host
+from transom.papers.tokens.crossget import aligning, fit_towers, from_transformers
+from transom.registry import Method
+from transom.slots import Fill
+
+END = 1  # id of the end of a text in the small CLIP
+
+
+def clip(seed: int = 0, **changes: Any) -> Any:
+    """transformers' CLIP with the ffn that CrossGET's own towers have."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        **changes,
+    }
+    text = {**tower, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():  # words that differ more than at initialisation
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def words(count: int, length: int = 8, vocab: int = 20, end: int = 19) -> Tensor:
+    """Texts that end with their last token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, vocab - 1, (count, length), generator=generator)
+    ids[:, 0], ids[:, -1] = 0, end
+    return ids
+
+
+def blip() -> Any:
+    config = {"vision_config": "BlipVisionConfig", "text_config": BLIP_TEXT}
+    return joint("BlipForImageTextRetrieval", "BlipConfig", config, image_text_hidden_size=16)
+
+
+def learn(model: nn.Module, scale: float = 0.5) -> None:
+    """Cross tokens as if they had been trained."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if ".crossget." in name or name.startswith("transom."):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = scale * noise
+
+
+@dataclass(frozen=True)
+class SameNorms(Method):
+    """Copies of the host's own norms, in their slot."""
+
+    slug: ClassVar[str] = "same-norms"
+
+    def fit(self, host: Host) -> list[Fill]:
+        def copied(view: Any) -> Any:
+            return tuple(copy.deepcopy(view.part(name)) for name in ("norm1", "norm2"))
+
+        return [Fill(norms=copied(view)) for view in host.views]
+
+
+class TestGuests:
+    """A token beside those of the host: heard by them, seen by nobody outside."""
+
+    @pytest.mark.parametrize(
+        "host",
+        ["timm-class", "timm-registers", "timm-average", "timm-rich", "hf-clip", "hf-siglip"],
+    )
+    def test_outputs_hold_the_hosts_own_tokens(self, host: str) -> None:
+        model, x = HOSTS[host](), images(host)
+        plain, before = call(model, x), anatomy(model)
+        transom.apply(model, "crossget", r=0, cross=True)
+        learn(model)
+        with torch.no_grad(), transom.trace(model) as trace:
+            got = call(model, x)
+        assert [t.shape for t in got] == [t.shape for t in plain]
+        assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(got, plain, strict=True))
+        layout = trace.tokens[0].layout
+        assert set(trace.lengths) == {layout.count}
+        transom.remove(model)
+        assert all(torch.equal(a, b) for a, b in zip(call(model, x), plain, strict=True))
+        assert anatomy(model) == before
+
+    def test_hidden_states_and_maps_hold_no_guest(self) -> None:
+        model, x = HOSTS["hf-vit"](), images("hf-vit")
+        transom.apply(model, "crossget", r=2, cross=True, restore="every")
+        shown = model(x, output_hidden_states=True).hidden_states
+        assert {h.shape[1] for h in shown} == {17}
+        backbone: Any = HOSTS["timm-class"]()
+        transom.apply(backbone, "crossget", r=2, cross=True)
+        maps = backbone.forward_intermediates(images("timm-class"), intermediates_only=True)
+        assert {m.shape[-2:] for m in maps} == {(4, 4)}
+
+    @pytest.mark.parametrize("restore", ["never", "end", "every"])
+    @pytest.mark.parametrize("host", ["timm-average", "hf-clip"])
+    def test_tokens_leave_beside_a_guest(self, host: str, restore: Any) -> None:
+        model, x = HOSTS[host](), images(host)
+        transom.apply(model, "crossget", r=4, cross=True, restore=restore)
+        with torch.no_grad(), transom.trace(model) as trace:
+            call(model, x)
+        count = trace.tokens[0].layout.count
+        assert trace.lengths == [count - 4, count - 8, count - 12]
+        last = trace.tokens[-1]
+        assert last.size is not None and last.index is not None
+        assert (last.size.sum((1, 2)) == count).all(), "the guest is counted"
+        assert last.index.max() == trace.lengths[-1] - 1
+
+    def test_some_blocks_only(self) -> None:
+        """A guest rests where the method is not, and goes on behind."""
+        model, x = HOSTS["timm-class"](), images("timm-class")
+        transom.apply(model, "crossget", r=1, cross=True, where=[0, 2])
+        with transom.capture(model, "blocks.*.guests", "blocks.*.residual.post") as seen:
+            model(x)
+        assert [n for n in seen if n.endswith("guests")] == ["blocks.0.guests", "blocks.2.guests"]
+        assert seen["blocks.2.residual.post"].shape[1] == 15
+        assert not torch.equal(seen["blocks.2.guests"], seen["blocks.0.guests"])
+
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        model, x = HOSTS["timm-class"](), images("timm-class")
+        transom.apply(model, "crossget", r=3, cross=True)
+        learn(model)
+        expected = model(x)
+        transom.save(model, tmp_path / "fitting.safetensors")
+        fresh = HOSTS["timm-class"]()
+        transom.load(fresh, tmp_path / "fitting.safetensors")
+        assert torch.equal(fresh(x), expected)
+        names = set(fresh.state_dict()) - set(HOSTS["timm-class"]().state_dict())
+        assert names == {f"transom.crossget.{i}.learned" for i in range(3)}
+
+    def test_batch_mates_do_not_matter(self) -> None:
+        model, x = HOSTS["hf-vit"](), images("hf-vit", 3)
+        transom.apply(model, "crossget", r=3, cross=True)
+        learn(model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).logits[1:2], model(x[1:2]).logits)
+
+    def test_gradients_and_checkpointing(self) -> None:
+        grads = []
+        for checkpoints in (False, True):
+            model: Any = FAMILIES["BLIP vision"].build()
+            transom.apply(model, "crossget", r=3, cross=True)
+            learn(model)
+            if checkpoints:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            torch.manual_seed(3)
+            model.train()
+            model(images("hf-vit", 2)).last_hidden_state.square().mean().backward()
+            grads.append({n: p.grad for n, p in model.named_parameters()})
+        new = [n for n in grads[0] if "crossget" in n]
+        assert len(new) == 3
+        assert all(grads[0][n] is not None and grads[0][n].any() for n in new)
+        for name, grad in grads[0].items():
+            if grad is not None:
+                torch.testing.assert_close(grads[1][name], grad)
+
+    def test_compiled_and_exported(self) -> None:
+        model, x = HOSTS["timm-class"](), images("timm-class")
+        transom.apply(model, "crossget", r=3, cross=True)
+        learn(model)
+        with torch.no_grad():
+            expected = model(x)
+            program = torch.export.export(model, (x,))
+            torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-5)
+
+    def test_composes_with_another_slot(self) -> None:
+        """Norms and ffns of another method see the guest like any token."""
+        model, x = HOSTS["timm-class"](), images("timm-class")
+        transom.apply(model, "crossget", r=2, cross=True)
+        learn(model)
+        before = model(x)
+        transom.apply(model, SameNorms())
+        torch.testing.assert_close(model(x), before)
+        torch.testing.assert_close(copy.deepcopy(model)(x), before)
+        with pytest.raises(FitError, match="taken by crossget"):
+            transom.apply(model, "tome", r=2)
+
+    def test_hosts_without_room_are_refused(self) -> None:
+        for host in ("timm-rotary",):
+            model = HOSTS[host]()
+            with pytest.raises(FitError, match="have no position"):
+                transom.apply(model, "crossget", r=2, cross=True)
+            assert not transom.fittings(model)
+        with pytest.raises(SettingsError, match="cross=True with guided=False"):
+            transom.apply(HOSTS["timm-class"](), "crossget", cross=True, guided=False)
+
+
+class TestTextTower:
+    """CLIP's text tower: causal, read at the end of each text."""
+
+    def test_neutral_real_and_back(self) -> None:
+        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        ids = words(3, 12, 64, END)
+        ids[1, 6:], ids[2, 3:] = END, END
+        plain, before = tensors(model(ids)), anatomy(model)
+        transom.apply(model, "crossget", r=0)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(model(ids)), plain, strict=True))
+        transom.adjust(model, r=2)
+        with transom.trace(model) as trace:
+            got = tensors(model(ids))
+        assert trace.lengths == [10, 8, 6]
+        assert [t.shape for t in got] == [t.shape for t in plain]
+        assert not torch.allclose(got[1], plain[1], atol=1e-4)
+        transom.remove(model)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(model(ids)), plain, strict=True))
+        assert anatomy(model) == before
+
+    @pytest.mark.parametrize("cross", [False, True])
+    def test_what_stands_behind_the_end_does_not_matter(self, cross: bool) -> None:
+        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        ids = words(3, 12, 64, END)
+        ids[1, 6:], ids[2, 3:] = END, END
+        transom.apply(model, "crossget", r=2, cross=cross)
+        learn(model)
+        with torch.no_grad():
+            together = model(ids).pooler_output
+            for item, length in enumerate((12, 7, 4)):
+                alone = model(ids[item : item + 1, :length]).pooler_output
+                torch.testing.assert_close(together[item : item + 1], alone, atol=1e-5, rtol=1e-5)
+            masked = model(ids, attention_mask=(torch.arange(12) < 7).long().expand(3, -1))
+            torch.testing.assert_close(masked.pooler_output[1:], together[1:])
+
+    def test_words_before_the_end_hear_no_cross_token(self) -> None:
+        """As in the released code: the cross token stands last, and the mask is causal."""
+        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        ids = words(2, 12, 64, END)
+        plain = model(ids).last_hidden_state
+        transom.apply(model, "crossget", r=0, cross=True)
+        learn(model, 5.0)
+        torch.testing.assert_close(model(ids).last_hidden_state, plain, atol=1e-5, rtol=1e-5)
+
+    def test_methods_that_mix_up_the_order_are_refused(self) -> None:
+        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        for method in ("tome", "pitome", "random"):
+            with pytest.raises(FitError, match="stay in order"):
+                transom.apply(model, method, **transom.registry.methods()[method].grid(3, 10)[-1])
+        with pytest.raises(SettingsError, match="importance='received'"):
+            transom.apply(model, "crossget", r=1, importance="received")
+        transom.apply(model, "none")
+        with pytest.raises(TokensError, match="where each text ends"):
+            model.encoder(torch.randn(1, 5, 32))
+
+
+class TestTwoTowers:
+    """The modality-independent form, against the towers of the room, which have golden cases."""
+
+    @pytest.mark.parametrize(("r_image", "r_text"), [(0, 0), (3, 1), (5, 2)])
+    def test_the_fitted_clip_is_the_clip_of_the_room(self, r_image: int, r_text: int) -> None:
+        model = clip()
+        fit_towers(model, r_image, r_text)
+        learn(model, 0.3)
+        mine = from_transformers(transom.remove(copy.deepcopy(model)), r_image, r_text)
+        for tower, cross in (
+            (model.vision_model, mine.visual.transformer.cross_image),
+            (model.text_model, mine.transformer.cross_text),
+        ):
+            learned = [p for n, p in tower.named_parameters() if n.endswith("learned")]
+            cross.data = torch.cat(learned, 1).data
+        ids, pixels = words(4), torch.randn(4, 3, 32, 32)
+        mine.train()
+        image, text = mine(pixels, ids)
+        with aligning(model) as alignment:
+            out = model(input_ids=ids, pixel_values=pixels)
+        near = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+        near(out.image_embeds, F.normalize(image.feature))
+        near(out.text_embeds, F.normalize(text.feature))
+        crosses = alignment.crosses()
+        assert image.cross is not None and text.cross is not None
+        near(crosses[0].flatten(0, 1), image.cross)
+        near(crosses[1].flatten(0, 1), text.cross)
+
+    @pytest.mark.parametrize("build", [clip, blip])
+    def test_the_loss_trains_cross_tokens_and_nothing_else(self, build: Any) -> None:
+        model = fit_towers(build(), 3, 2).train()
+        ids = words(4) if build is clip else questions(4)["input_ids"]
+        with aligning(model) as alignment:
+            model(input_ids=ids, pixel_values=images("hf-vit", 4))
+        alignment.loss().backward()
+        found = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert found == {n for n, _ in model.named_parameters() if "crossget" in n}
+        assert len(found) == 6
+
+    def test_cross_tokens_learn_of_the_other_tower(self) -> None:
+        model = fit_towers(clip(), 3, 2).train()
+        own = [p for n, p in model.named_parameters() if "crossget" in n]
+        optimizer = torch.optim.Adam(own, 0.05)
+        given = {"input_ids": words(4), "pixel_values": images("hf-vit", 4)}
+        losses = []
+        for _ in range(25):
+            with aligning(model) as alignment:
+                model(**given)
+            loss = alignment.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_towers_of_unequal_depth(self) -> None:
+        """Layers of the shorter tower are repeated."""
+        from transformers import CLIPConfig, CLIPModel
+
+        config: Any = clip().config.to_dict()
+        config["text_config"]["num_hidden_layers"] = 2
+        model = fit_towers(CLIPModel(CLIPConfig(**config)).eval(), 2, 1)
+        with aligning(model) as alignment:
+            model(input_ids=words(2), pixel_values=images("hf-vit"))
+        image, text = alignment.crosses()
+        assert image.shape == text.shape == (3, 2, 16)
+        assert torch.equal(text[0], text[1]) and not torch.equal(text[1], text[2])
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(HostError, match="no two towers"):
+            fit_towers(HOSTS["hf-vit"]())
+        model = clip()
+        with pytest.raises(FitError, match="fit_towers"), aligning(model):
+            pass
+        with pytest.raises(SettingsError):
+            fit_towers(model, 2, -1)
+        assert not transom.fittings(model), "one tower was left fitted"
+        fit_towers(model, 2, 1)
+        with aligning(model) as alignment, pytest.raises(TokensError, match="no cross tokens"):
+            alignment.loss()
+        with aligning(model) as alignment:
+            model(input_ids=words(2), pixel_values=images("hf-vit", 3))
+            with pytest.raises(TokensError, match="as many"):
+                alignment.loss()
+
+
+class TestDependentTowers:
+    """BLIP: the text looks at the image, and so does its cross token."""
+
+    def test_the_image_guides_the_text(self) -> None:
+        """Other images, other cross tokens of the text, other words merged."""
+        model, given = fit_towers(blip(), 3, 2), questions(4)
+        learn(model)
+        seen = []
+        for pixels in (given["pixel_values"], given["pixel_values"].flip(0)):
+            with (
+                torch.no_grad(),
+                transom.trace(model.text_encoder) as trace,
+                transom.capture(model.text_encoder, "blocks.2.guests") as guests,
+            ):
+                model(**{**given, "pixel_values": pixels})
+            index = trace.tokens[-1].index
+            assert index is not None
+            seen.append((guests["blocks.2.guests"], index))
+        assert not torch.allclose(seen[0][0], seen[1][0], atol=1e-3)
+        assert not torch.equal(seen[0][1], seen[1][1]), "the image has no say in what is merged"
+
+    def test_fewer_image_tokens_and_back(self) -> None:
+        model, given = blip(), questions(3)
+        plain, before = tensors(model(**given)), anatomy(model)
+        fit_towers(model, 4, 2)
+        got = tensors(model(**given))
+        assert [t.shape for t in got] == [t.shape for t in plain]
+        assert not torch.allclose(got[0], plain[0], atol=1e-4)
+        transom.remove(model)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(model(**given)), plain, strict=True))
+        assert anatomy(model) == before
+
+
+class TestReceived:
+    """Importance for LLaVA: how much attention a token receives."""
+
+    def test_it_is_written_out(self) -> None:
+        from transom.papers.tokens.crossget.method import MergeGuided
+        from transom.slots import Ask
+
+        q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+        ask = Ask(q=q, k=k, scale=8**-0.5, guests=1)
+        step = MergeGuided(2, "cross", True, received=True)
+        got = step.importance(ask.key[:, :8], ask, 8, None)
+        seen = (q @ k.mT * 8**-0.5).softmax(-1).mean(1)
+        for item in range(2):
+            for token in range(8):
+                mean = sum(float(seen[item, other, token]) for other in range(8)) / 8
+                want = mean + float(seen[item, 8, token])
+                assert abs(float(got[item, token]) - want) < 1e-6
+
+    @pytest.mark.parametrize("cross", [False, True])
+    def test_the_vision_tower_of_llava(self, cross: bool) -> None:
+        family = FAMILIES["LLaVA"]
+        model, given = family.build(), family.inputs(2, 0)
+        plain = tensors(model(**given))
+        transom.apply(model, "crossget", r=3, importance="received", cross=cross)
+        with torch.no_grad(), transom.trace(model) as trace:
+            got = tensors(model(**given))
+        assert trace.lengths[-1] == 17 - 9
+        assert [t.shape for t in got] == [t.shape for t in plain]
+        one = tensors(model(**{name: x[1:] for name, x in given.items()}))
+        torch.testing.assert_close(got[0][1:], one[0], atol=1e-5, rtol=1e-5)
+        transom.remove(model)
+        assert torch.equal(tensors(model(**given))[0], plain[0])
