@@ -141,6 +141,18 @@ def test_what_is_not_valid_counts_nowhere() -> None:
         assert (w[:, 5:] == 0).all()
 
 
+@pytest.mark.parametrize("combine", ["product", "mixture"])
+def test_nothing_but_padding_weighs_nothing_and_has_gradients(combine: Any) -> None:
+    x = torch.randn(2, 6, requires_grad=True)
+    valid = torch.tensor([[True] * 4 + [False] * 2, [False] * 6])
+    w = weights(x, torch.randn(3), torch.rand(3) + 0.5, -1, combine=combine, valid=valid)
+    assert (w[1] == 0).all() and (w[0, 4:] == 0).all()
+    torch.testing.assert_close(w[0].sum(), torch.tensor(1.0))
+    w.square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad[0, :4].abs().min() > 0
+    assert (x.grad[1] == 0).all()
+
+
 def _given(head: GaussianHead) -> tuple[Tensor, Tensor]:
     return head.mean_offsets, head.c
 

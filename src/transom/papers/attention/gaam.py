@@ -64,8 +64,10 @@ def statistics(
         mean and variance.
     """
     if valid is None:
-        variance, mean = torch.var_mean(x, axis, keepdim=True)
-        return mean, variance + eps
+        # in two passes, which on CPUs take a third of the time of var_mean
+        mean = x.mean(axis, keepdim=True)
+        square = (x - mean).square().sum(axis, keepdim=True)
+        return mean, square / (x.shape[axis] - 1) + eps
     seen = valid.expand_as(x)
     count = seen.sum(axis, keepdim=True)
     mean = x.masked_fill(~seen, 0).sum(axis, keepdim=True) / count.clamp(min=1)
@@ -121,9 +123,13 @@ def weights(
         ]
         log = torch.stack(parts).logsumexp(0)
     if valid is not None:
-        log = log.masked_fill(~valid.expand_as(log), -math.inf)
-    norm = log.logsumexp(axis, keepdim=True).clamp(min=math.log(eps))
-    return (log - norm).exp().to(kind)
+        # finite, so that a chunk of nothing but padding has weights of 0 and gradients
+        log = log.masked_fill(~valid.expand_as(log), torch.finfo(full).min / 2)
+    w = log.softmax(axis)
+    # where the sum is below eps, weights are divided by that instead: the largest of them is
+    # exp(its logarithm - that of the sum)
+    total = log.amax(axis, keepdim=True) - w.amax(axis, keepdim=True).log()
+    return (w * (total - math.log(eps)).clamp(max=0).exp()).to(kind)
 
 
 def reference(
