@@ -17,6 +17,7 @@ from rich.table import Table
 import transom
 from transom.errors import SettingsError, TransomError
 from transom.gallery.commands import papers as paper_commands
+from transom.gallery.gallery_commands import app as gallery_commands
 
 app = typer.Typer(
     name="transom",
@@ -434,6 +435,7 @@ def lab_lr_transfer(
 
 
 app.add_typer(paper_commands, name="papers")
+app.add_typer(gallery_commands, name="gallery")
 
 
 NAMES = ("library", "family", "model")  # columns of the table of hosts that are no slots

@@ -8,6 +8,7 @@ which needs no attention matrix and so works for operators that have none.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -152,7 +153,24 @@ def draw(slug: str, seen: Subject, folder: Path) -> list[Picture]:
             picture = picture.resize((_SIZE, _SIZE), Image.Resampling.LANCZOS)
         picture.save(folder / file, "WEBP", quality=82, method=5)
         pictures.append(Picture(file, caption))
+    told = [[picture.file, picture.caption] for picture in pictures]
+    (folder / f"{slug}.json").write_text(json.dumps(told), encoding="utf-8")
     return pictures
+
+
+def read_captions(folder: Path, slug: str) -> list[Picture]:
+    """The pictures of one method that are in a folder; none while it is not drawn."""
+    path = folder / f"{slug}.json"
+    if not path.is_file():
+        return []
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return [Picture(file, caption) for file, caption in told]
+
+
+def draw_missing(folder: Path) -> None:
+    """Draw what the folder does not have yet; what cannot be drawn is tried once a call."""
+    missing = [slug for slug in registry.rooms() if not (folder / f"{slug}.json").is_file()]
+    draw_all(folder, missing)
 
 
 def _fates(slug: str, settings: dict[str, Any], seen: Subject) -> list[tuple[Pixels, str]]:
