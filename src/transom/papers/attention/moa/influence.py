@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def profile(
     """Influence of every attention value of a decoder, over texts of one length.
 
     The gradient of the mean cross-entropy of the labels is taken with respect to the output of
-    each attention; the matrices are then made layer by layer, so that only one is there at a time.
+    each attention; the matrices are then made head by head, so that only one is there at a time.
 
     Args:
         model: a causal language model of transformers, or one that sees.
@@ -110,12 +110,8 @@ def profile(
             }
             grads = torch.autograd.grad(loss, held["head_output"])
             with torch.no_grad():
-                each = [
-                    block_sums(influence(q.float(), k.float(), v.float(), g.float()), block).sum(0)
-                    for q, k, v, g in zip(
-                        held["query"], held["key"], held["value"], grads, strict=True
-                    )
-                ]
+                layers = zip(held["query"], held["key"], held["value"], grads, strict=True)
+                each = [torch.stack(list(_by_head(layer, block))) for layer in layers]
             now = torch.stack(each).cpu()
             total = now if total is None else total + now
             texts += len(batch["input_ids"])
@@ -125,6 +121,12 @@ def profile(
     if total is None:
         raise SettingsError("there is no batch to measure influence on")
     return total / texts
+
+
+def _by_head(layer: Sequence[Tensor], block: int) -> Iterator[Tensor]:
+    """Sums (n, n) over all texts, of each head of q, k, v and the gradient (B, H, N, d)."""
+    for head in zip(*(x.float().unbind(1) for x in layer), strict=True):
+        yield block_sums(influence(*head), block).sum(0)
 
 
 def shared(importance: Tensor, heads: int) -> Tensor:
