@@ -11,10 +11,14 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transom.errors import DataError, TokensError
+from transom import api
+from transom.errors import DataError, FitError, TokensError
+from transom.lens.drawing import montage
+from transom.lens.seen import Given, Look, with_panels
 from transom.tokens import Layout
 
 Pixels = NDArray[np.uint8]
@@ -22,6 +26,48 @@ Dropped = Literal["dim", "hide"]
 
 _DIM = 0.22  # brightness that is left of a dropped patch
 _HIDDEN = 128  # grey of a dropped patch when it is hidden
+
+
+def fates(given: Given) -> Look:
+    """Where a fitted method sends the tokens of pictures.
+
+    Returns:
+        arrays index (L, B, N0).
+
+    Raises:
+        FitError: nothing that moves tokens is fitted.
+    """
+    model, x, names, pixels = given
+    if not api.fittings(model):
+        raise FitError(
+            "fates shows where a method sends the tokens, but nothing is fitted to this model; "
+            "fit one first: transom.apply(model, 'tome'), or --method tome"
+        )
+    with api.trace(model) as trace:
+        model(x)
+    records = trace.tokens
+    index = [record.index for record in records]
+    if not index or any(i is None for i in index):
+        raise FitError("no provenance was recorded; fit a method that moves tokens")
+    places = torch.stack([i for i in index if i is not None]).cpu()  # (L, B, N0)
+    layout = records[-1].layout
+    lines = [f"tokens behind each layer: {' → '.join(map(str, trace.lengths))}"]
+    for b, name in enumerate(names):
+        last = places[-1, b, layout.prefix :]
+        own = last[last >= 0].bincount()
+        alone, merged = int((own == 1).sum()), int((own > 1).sum())
+        lines.append(
+            f"{name}: {alone} patches stayed alone, {int(own[own > 1].sum())} became {merged} "
+            f"tokens, {int((last < 0).sum())} were dropped"
+        )
+    frames = [
+        [
+            (f"layer {i}", montage([("", pic), ("", draw_fates(pic, places[i, b], layout))]))
+            for i in range(len(places))
+        ]
+        for b, pic in enumerate(pixels)
+    ]
+    return with_panels(Look("fates", {"index": places.numpy()}, summary=lines), names, frames)
 
 
 def draw_fates(

@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 OFFERS = (
+    Offer("lens", "patch-embeddings", look_at),
     Offer("lens", "concepts", learn),
     Offer("lens", "explain-by-concepts", explain),
     Offer("lens", "explanation-desiderata", measure),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import transom
 from transom.errors import HostError, SettingsError
+from transom.lens.maps import maps_of
 from transom.papers.lens.pace.inference import expected_log
 
 
@@ -65,15 +66,19 @@ def look_at(
     layer: int = -2,
     dim: int | None = 25,
     seed: int = 0,
+    labelled: bool = True,
 ) -> Patches:
     """Patch embeddings, their weights and the labels of a model.
 
     Args:
-        model: an image host with a class token that returns logits (B, C).
+        model: an image host with a class token that returns logits (B, C). Where fitted methods
+            merge tokens, patches share the embedding of their token; dropped ones weigh nothing.
         images: (B, 3, H, W) as the model wants them.
         layer: of the embeddings; -2 is the one before the last.
         dim: width of a frozen random projection; None for none.
         seed: of the projection.
+        labelled: whether the model's classes take part; without them any model will do, and all
+            images are of one class.
 
     Returns:
         See :class:`Patches`. The class token is no patch.
@@ -84,25 +89,28 @@ def look_at(
     """
     host = transom.hosts.find(model)
     if not host.class_token:
-        raise HostError(f"{host.family} has no class token, whose attention weighs the patches")
-    names = [
-        f"blocks.{layer % host.depth}.{n}" for n in ("residual.post", "attention.probabilities")
-    ]
+        raise HostError(
+            f"{host.family} has no class token, whose attention weighs the patches; choose a model "
+            "that has one"
+        )
     if not -host.depth <= layer < host.depth:
         raise SettingsError(f"layer is {layer}, but there are layers 0 to {host.depth - 1}")
-    with transom.capture(model, *names, check=False) as seen:
-        out = model(images)
-    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise HostError("the model returns no logits (B, C); pass a classifier")
-    embeds = seen[names[0]][:, host.prefix :].float()
-    weights = seen[names[1]][:, :, 0, host.prefix :].float().mean(1)
+    maps = maps_of(model, images, residual=True, spread=True, layers=[layer % host.depth])
+    labels = images.new_ones(len(images), 1)
+    if labelled:
+        out = maps.output
+        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise HostError("the model returns no logits (B, C); pass a classifier")
+        labels = logits.float().softmax(-1)
+    embeds = maps.residual[0][:, maps.prefix :].float()
+    weights = maps.looked_at()[0].mean(1).flatten(1)
     weights = weights / weights.sum(1, keepdim=True) * weights.shape[1]
     if dim is not None:
         draw = torch.Generator().manual_seed(seed)
         projection = torch.randn(embeds.shape[-1], dim, generator=draw) / embeds.shape[-1] ** 0.5
         embeds = embeds @ projection.to(embeds.device)
-    return Patches(embeds, weights, logits.float().softmax(-1))
+    return Patches(embeds, weights, labels)
 
 
 def log_densities(embeds: Tensor, concepts: Concepts) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import transom
 from transom.errors import SettingsError, TokensError
-from transom.hosts import find
+from transom.lens.maps import maps_of
 from transom.papers.tokens.dependency_vit.attention import dependencies
 from transom.papers.tokens.dependency_vit.backbone import DependencyViT
 from transom.papers.tokens.dependency_vit.method import ReversedMixer, mixers
@@ -26,7 +26,8 @@ def dependency_mask(
     Three kinds of models can be read: the backbones of this room, hosts with this method fitted,
     and any other host that attends by softmax, whose attention is then read turned around: each
     token's own row says where it would send, with a voice of 1 in every head. A pruned patch has
-    the edges of the layers that it saw.
+    the edges of the layers that it saw. Where another method merges tokens, the patches of one
+    token share its edges in the third kind of model; in the second they are an error.
 
     Args:
         model: in eval mode.
@@ -117,11 +118,10 @@ def _of_fitted(model: nn.Module, pixels: Tensor) -> list[Tensor]:
 
 
 def _of_host(model: nn.Module, pixels: Tensor) -> list[Tensor]:
-    prefix = find(model).prefix
+    maps = maps_of(model, pixels, spread=True)
+    p = maps.prefix
     found = []
-    with transom.capture(model, "blocks.*.attention.probabilities") as seen:
-        model(pixels)
-        for sent in seen.values():
-            loud = sent.new_ones(sent.shape[:3])
-            found.append(dependencies(sent, loud)[:, prefix:, prefix:])
+    for sent in maps.attention:
+        loud = sent.new_ones(sent.shape[:3])
+        found.append(dependencies(sent, loud)[:, p:, p:])
     return found

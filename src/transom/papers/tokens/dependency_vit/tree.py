@@ -90,6 +90,35 @@ class DependencyTree:
                 top[token] = top[self.parents[token]]
         return top
 
+    def cut(self, least: int) -> Ints:
+        """Parts of a size: the smallest subtrees with so many tokens, cut off from the leaves up.
+
+        A tree may be deep on one side only; these parts do not depend on how deep they lie.
+
+        Args:
+            least: tokens of a part; only what is left with the root may be smaller.
+
+        Returns:
+            (N,) the top of the part every token is in.
+
+        Raises:
+            SettingsError: `least` is below 1.
+        """
+        if least < 1:
+            raise SettingsError(f"least is {least}; expected at least 1")
+        size = np.ones(len(self.parents), dtype=np.int64)
+        top = np.full(len(self.parents), -1, dtype=np.int64)
+        order = self.order
+        for token in order[::-1]:
+            if size[token] >= least or self.parents[token] < 0:
+                top[token] = token
+            else:
+                size[self.parents[token]] += size[token]
+        for token in order:
+            if top[token] < 0:
+                top[token] = top[self.parents[token]]
+        return top
+
 
 def grow(mask: Tensor | Floats, root: int | None = None) -> DependencyTree:
     """The tree of a soft graph: the arborescence with the largest sum of shares.
