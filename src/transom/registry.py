@@ -211,6 +211,20 @@ class Method(ABC):
         return None
 
     @classmethod
+    def for_prompt(cls, model: nn.Module, given: Mapping[str, Any], **settings: Any) -> Method:
+        """The method for one prompt, with what has to be found in it first.
+
+        Args:
+            model: with a decoder, to which no method is fitted.
+            given: arguments of the model: the prompt, and its image.
+            **settings: of the constructor; what they name is not looked for.
+
+        Returns:
+            By default the method with these settings: the same for every prompt.
+        """
+        return cls(**settings)
+
+    @classmethod
     def removing(cls, removed: Sequence[int], patches: int) -> dict[str, Any] | None:
         """Settings that remove so many tokens in each block; None if the method cannot be told.
 

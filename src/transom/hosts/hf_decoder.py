@@ -247,6 +247,39 @@ class SeeingForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
+def without_pictures(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt with its pictures deleted, for what a model would say without them.
+
+    Args:
+        model: that sees; its configuration names the tokens in whose place pictures are put.
+        given: its arguments, `input_ids` (B, N) among them, with as many picture tokens in every
+            text.
+
+    Returns:
+        `input_ids` and whatever else has their shape, without those tokens.
+
+    Raises:
+        TokensError: the configuration names no such tokens, there are none in the prompt, or the
+            texts have different numbers of them.
+    """
+    config: Any = model.config
+    ids = given["input_ids"]
+    named = {getattr(config, name, None) for name in PICTURES}
+    pictures = sorted(i for i in named if isinstance(i, int))
+    seen = torch.isin(ids, ids.new_tensor(pictures))
+    counts = seen.sum(1)
+    if not counts.any() or (counts != counts[0]).any():
+        raise TokensError(
+            f"the prompts have {counts.tolist()} picture tokens (ids {pictures}); expected the "
+            "same number in each, and at least one"
+        )
+    return {
+        name: value[~seen].unflatten(0, (len(ids), -1))
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.shape == ids.shape
+    }
+
+
 def find(model: nn.Module) -> Iterator[Host]:
     """Every decoder of transformers in `model`.
 

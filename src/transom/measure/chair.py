@@ -72,6 +72,8 @@ class Difference:
         return self.low > 0
 
 
+FEWEST = 20  # images below which a bootstrap over them says little
+
 # counts of a caption, in this order
 MENTIONS, INVENTED, DISTINCT, DISTINCT_INVENTED, RECALLED, THERE, LENGTH, HAS_INVENTED = range(8)
 
@@ -172,7 +174,8 @@ def compare(
     """Whether captions invent less without saying less.
 
     Better: distinct CHAIR_i falls, also at equal length, and recall does not fall. A fall that is
-    gone at equal length is that of shorter text; one that comes with less recall is a trade.
+    gone at equal length is that of shorter text; one that comes with less recall is a trade. Below
+    20 images everything is unclear.
 
     Args:
         before: by image id.
@@ -213,7 +216,7 @@ def compare(
         "length": _difference(tables, weights, LENGTH, None),
         "distinct at equal length": _difference(equal, weights, DISTINCT_INVENTED, DISTINCT),
     }
-    verdict, why = _verdict(differences)
+    verdict, why = _verdict(differences, n)
     return Comparison(
         first, second, score(cut[0], truth), score(cut[1], truth), differences, verdict, why
     )
@@ -239,8 +242,10 @@ def _difference(
     return Difference(float(second[0] - first[0]), float(low), float(high))
 
 
-def _verdict(found: Mapping[str, Difference]) -> tuple[str, str]:
+def _verdict(found: Mapping[str, Difference], images: int) -> tuple[str, str]:
     distinct, recall = found["distinct"], found["recall"]
+    if images < FEWEST:
+        return "unclear", f"{images} images are too few for a verdict; it takes {FEWEST}"
     if distinct.rises:
         return "worse", "more of what is said is invented"
     if not distinct.falls:

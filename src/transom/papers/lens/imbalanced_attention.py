@@ -24,6 +24,7 @@ report both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -152,6 +153,19 @@ class ImbalancedAttention(Method):
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
         return [{"local": (0, 2), "summary": (1,), "alpha": a, "first": 0} for a in (0.3, 0.5, 0.7)]
+
+    @classmethod
+    def for_prompt(
+        cls, model: nn.Module, given: Mapping[str, Any], **settings: Any
+    ) -> ImbalancedAttention:
+        if not {"local", "summary"} & settings.keys():
+            found = informed(model, given["pixel_values"])
+            if len(found) != 1:
+                raise TokensError(
+                    f"this prompt has {len(found)} images; which patches inform is found for one"
+                )
+            settings = {**settings, **found[0]._asdict()}
+        return cls(**settings)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ paper; the official code changes it by accident. Every prompt of a batch has its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -193,6 +193,13 @@ class VAR(Method):
             {"channels": (0, 1), "first": 0, "tau": 0.7, "rho": 0.0, "total": 0.0, "keep": keep}
             for keep in (0.9, 0.6, 0.3)
         ]
+
+    @classmethod
+    def for_prompt(cls, model: nn.Module, given: Mapping[str, Any], **settings: Any) -> VAR:
+        known = transom.hosts.find(model, True).width in KNOWN
+        if settings.get("channels") is None and not known:
+            settings = {**settings, "channels": sink_channels(model, **given)}
+        return cls(**settings)
 
 
 @torch.no_grad()

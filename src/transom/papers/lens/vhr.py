@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import transom
 from transom.errors import SettingsError
 from transom.hosts.base import Host
+from transom.hosts.hf_decoder import without_pictures
 from transom.instrumented import Instrumented
 from transom.registry import Method, Offer, Takes
 from transom.slots import Ask, Fill
@@ -138,6 +139,13 @@ class VHR(Method):
     @classmethod
     def neutral(cls) -> dict[str, Any]:
         return {"heads": ((0,),), "alpha": 1.0}
+
+    @classmethod
+    def for_prompt(cls, model: nn.Module, given: Mapping[str, Any], **settings: Any) -> VHR:
+        if "heads" not in settings:
+            blind = without_pictures(model, given)
+            settings = {**settings, "heads": sensitive_heads(model, given, blind)}
+        return cls(**settings)
 
 
 def released_layers(depth: int) -> list[int]:
