@@ -18,6 +18,7 @@ import transom
 from transom.errors import SettingsError, TransomError
 from transom.gallery.commands import papers as paper_commands
 from transom.gallery.gallery_commands import app as gallery_commands
+from transom.measure.chair_command import chair
 
 app = typer.Typer(
     name="transom",
@@ -353,8 +354,11 @@ def look(
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
-lab = typer.Typer(help="Small experiments that train on a CPU and show what a paper claims.")
+lab = typer.Typer(
+    help="Small experiments on a CPU that show what a paper claims, and measures of a claim."
+)
 app.add_typer(lab, name="lab", no_args_is_help=True)
+lab.command("chair")(chair)
 
 
 @lab.command("icl")
