@@ -9,8 +9,8 @@ Memory is the peak of one call beyond q, k, v and the output, with the masks and
 needs to have ready (MiB). A form leaves the table where its next call would take too long or too
 much. Behind the measurements stands how time and memory grow, as the exponent of the number of
 tokens over the larger half of the sizes: 1 is linear, 2 is that of all pairs. An operator that
-says it is linear and is not, or that is slower than it says, makes the command fail. Writes
-docs/results/attention.csv.
+says it is linear and is not, or that is slower than it says, makes the command fail. Sizes that
+take long get fewer rounds. Writes docs/results/attention.csv.
 """
 
 from __future__ import annotations
@@ -25,155 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from attention_operators import OPERATORS, Form, Shape
 
 from transom.measure.cost import MIB, interleaved, peak_memory_mib
 from transom.measure.environment import describe
-from transom.ops import attention, neighborhood
-from transom.papers.attention.moh import routing, skipping
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "attention.csv"
 SIDES = (14, 28, 56, 112, 128)
 SLOPE = 1.25  # above this an operator that calls itself linear is not
-TIME_MS, MEMORY_MIB = 6_000, 6_000  # a single call may take so long and so much
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What an operator is measured on: a square grid of tokens.
-
-    Attributes:
-        side: of the grid; there are side² tokens.
-        batch, heads, width: B, H and d of q, k and v.
-    """
-
-    side: int
-    batch: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def tokens(self) -> int:
-        return self.side**2
-
-    def random(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B, side, side, H, d), views of one projection as in a host."""
-        torch.manual_seed(0)
-        size = (self.batch, self.side, self.side, 3, self.heads, self.width)
-        q, k, v = torch.randn(size, device=self.device, dtype=self.dtype).unbind(3)
-        return q, k, v
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to compute.
-
-    Attributes:
-        run: the call; returns the output first.
-        held: tensors that are ready before the call and count as its memory.
-        exact: whether it gives what the form of this library gives.
-    """
-
-    run: Callable[[], Tensor]
-    held: tuple[Tensor, ...] = ()
-    exact: bool = True
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One entry of the table.
-
-    Attributes:
-        forms: from a shape to the forms by name; the first is this library's. They may be left
-            out where `skip` says that they would not be measured.
-        linear: whether time and memory of the first form have to grow linearly.
-        bound: a form and a factor; the first form may take that many times its time at most.
-    """
-
-    forms: Callable[[Shape, set[str]], dict[str, Form]]
-    linear: bool = True
-    bound: tuple[str, float] | None = None
-
-
-def fna(shape: Shape, skip: set[str]) -> dict[str, Form]:
-    """2-D neighborhood attention, 7 x 7 keys a query."""
-    q, k, v = shape.random()
-    flat = [t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)]
-    axes = neighborhood.axes((shape.side, shape.side), 7)
-    choice = neighborhood.explain(q, k, v, 7)
-    ready = {}
-    if choice.tile is not None:
-        ready = neighborhood.tiled.masks(axes, choice.tile, 0, shape.dtype, shape.device)
-    held = tuple(mask for mask in ready.values() if mask is not None)
-    forms = {
-        "neighborhood": Form(lambda: neighborhood.attend(q, k, v, 7), held),
-        "sdpa": Form(lambda: attention.attend(*flat), exact=False),
-    }
-    if "masked sdpa" not in skip:
-        hidden = ~neighborhood.dense_mask(axes, shape.device)
-        mask = torch.zeros(hidden.shape, dtype=shape.dtype, device=shape.device)
-        mask.masked_fill_(hidden, float("-inf"))
-        forms["masked sdpa"] = Form(lambda: _grid(attention.attend(*flat, mask), q), (mask,))
-    table = _neighbours(axes, shape.device)
-    forms["gather"] = Form(lambda: _gathered(q, k, v, table), (table,))
-    if choice.path == "tiled" and "flex" not in choice.refused:
-        forms["flex"] = Form(lambda: neighborhood.attend(q, k, v, 7, path="flex"))
-    elif shape.device.type != "cpu":
-        forms["tiled"] = Form(lambda: neighborhood.attend(q, k, v, 7, path="tiled"))
-    return forms
-
-
-def _grid(out: Tensor, like: Tensor) -> Tensor:
-    return out.transpose(1, 2).reshape(like.shape)
-
-
-def _neighbours(axes: tuple[neighborhood.Axis, ...], device: torch.device) -> Tensor:
-    """(N, K) positions of the keys of each query."""
-    rows, columns = (
-        torch.tensor([range(*axis.window(i, axis.length)) for i in range(axis.length)])
-        for axis in axes
-    )
-    places = rows[:, None, :, None] * axes[1].length + columns[None, :, None, :]
-    return places.flatten(2).flatten(0, 1).to(device)
-
-
-def _gathered(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    """The naive form: a copy of its keys and values for every query."""
-    query, key, value = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-    near_k, near_v = key[:, :, table], value[:, :, table]  # (B, H, N, K, d)
-    logits = (near_k @ query[..., None])[..., 0] * q.shape[-1] ** -0.5
-    return _grid((logits.softmax(-1)[..., None, :] @ near_v)[..., 0, :], q)
-
-
-def moh(shape: Shape, skip: set[str]) -> dict[str, Form]:
-    """Half of the heads for each token, evenly spread: a quarter shared, a quarter routed."""
-    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in shape.random())
-    shared = chosen = max(shape.heads // 4, 1)
-    score = torch.randn(shape.batch, shape.tokens, shape.heads - shared, device=shape.device)
-    probability = score.softmax(-1).to(shape.dtype)
-    mask = routing.top(probability, chosen)
-    gate = torch.cat([torch.ones_like(probability[..., :shared]), probability * mask], -1)
-    gates = routing.Gates(gate, probability, mask)
-
-    scale = shape.width**-0.5
-
-    def form(path: skipping.Path) -> Form:
-        return Form(lambda: skipping.attend(q, k, v, gates, None, scale, path=path))
-
-    return {
-        "moh": form("auto"),
-        "moh dense": form("dense"),
-        "moh skip": form("skip"),
-        "sdpa": Form(lambda: attention.attend(q, k, v), exact=False),
-    }
-
-
-OPERATORS: dict[str, Operator] = {
-    "fna": Operator(fna),
-    "moh": Operator(moh, linear=False, bound=("moh dense", 1.1)),
-}
+TIME_MS, MEMORY_MIB = 2_500, 1_500  # a single call may take so long and so much
+ROUND_MS = 5_000  # all calls of a size together, beyond the least number of rounds
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -199,18 +61,26 @@ def measure(name: str, sides: list[int], rounds: int, shape: Shape) -> list[Row]
                 print(f"{name} {form}: left out from {here.tokens} tokens on")
         found = OPERATORS[name].forms(here, skip)
         forms = {form: one for form, one in found.items() if form not in skip}
-        _agree(name, forms)
+        made = _agree(name, forms)
         times = interleaved(
             {form: one.run for form, one in forms.items()},
-            rounds=rounds,
-            warmup=1,
+            rounds=_rounds(rows, here.tokens, rounds),
+            warmup=0,  # every form has run once
             device=here.device,
         )
         for form, one in forms.items():
-            mib = _extra(one, here.device)
+            mib = _extra(one, made[form], here.device)
             rows.append(Row(name, form, here.tokens, times[form].median_ms, mib))
             print(f"{name} N {here.tokens:6} {form:14} {rows[-1].ms:10.3f} ms {mib:10.2f} MiB")
     return rows
+
+
+def _rounds(rows: list[Row], tokens: int, most: int) -> int:
+    """Fewer where all forms together take long, should they grow with all pairs."""
+    before = max((row.tokens for row in rows), default=tokens)
+    last = sum(row.ms for row in rows if row.tokens == before)
+    expected = last * (tokens / before) ** 2
+    return max(LEAST_ROUNDS, min(most, int(ROUND_MS / max(expected, 1e-3))))
 
 
 def _too_much(rows: list[Row], tokens: int) -> bool:
@@ -220,24 +90,28 @@ def _too_much(rows: list[Row], tokens: int) -> bool:
     return last.ms * growth > TIME_MS or last.mib * growth > MEMORY_MIB
 
 
-def _agree(name: str, forms: dict[str, Form]) -> None:
-    """Speeds of forms that do not compute the same are not worth comparing."""
-    with torch.inference_mode():
-        exact = {form: one.run() for form, one in forms.items() if one.exact}
-    first = next(iter(exact.values()))
-    for form, out in exact.items():
+def _agree(name: str, forms: dict[str, Form]) -> dict[str, int]:
+    """Run every form once and say how many bytes its output takes.
+
+    Speeds of forms that do not compute the same are not worth comparing.
+    """
+    sizes, first = {}, None
+    for form, one in forms.items():
+        with torch.inference_mode():
+            out = one.run()
+        sizes[form] = out.numel() * out.element_size()
+        if not one.exact:
+            continue
+        first = out if first is None else first
         torch.testing.assert_close(out, first, rtol=2e-2, atol=2e-2, msg=lambda m: f"{name}: {m}")
         if first.dtype == torch.float32 and first.device.type == "cpu":
             torch.testing.assert_close(out, first, rtol=1e-4, atol=1e-5, msg=f"{name} {form}")
+    return sizes
 
 
-def _extra(form: Form, device: torch.device) -> float:
-    """Peak memory beyond the output, with what is held, in MiB."""
-    with torch.inference_mode():
-        out = form.run()
-    made = out.numel() * out.element_size()
+def _extra(form: Form, made: int, device: torch.device) -> float:
+    """Peak memory beyond the output of `made` bytes, with what is held, in MiB."""
     held = sum(t.numel() * t.element_size() for t in form.held)
-    del out
     return peak_memory_mib(form.run, device) + (held - made) / MIB
 
 
