@@ -53,12 +53,15 @@ def main() -> None:
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--layers", type=int, nargs="+", help="blocks that EViT reduces in")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smaller", type=int, help="seeds of the smaller plain model, which is "
+                        "trained from scratch; as --seeds by default")  # fmt: skip
     parser.add_argument("--methods", nargs="+", help="slugs; all that fit by default")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page", action="store_true", help="only write the page of the rows there")
     parser.add_argument("changes", nargs="*", help="of the recipe, KEY=VALUE")
     given = parser.parse_args()
+    given.smaller = given.seeds if given.smaller is None else given.smaller
     if given.page:
         page(given.out.with_suffix(".md"), read(given.out))
         return
@@ -109,7 +112,7 @@ def main() -> None:
                     changed = replace(part, settings={**settings, "seed": seed})
                 tuned = tune(replace(recipe, method=changed), seed)
                 add(**values, seed=seed, fine_tuned=tuned)
-        if rate is not None:
+        if rate is not None and given.smaller:
             fitted = shared_copy(host)
             layers = given.layers and tuple(given.layers)
             transom.apply(fitted, "evit", check=False, keep_rate=rate, layers=layers)
@@ -139,7 +142,7 @@ def smaller(
         small = build_model(part)
         if cost(small, batch) <= limit:
             break
-    for seed in range(given.seeds):
+    for seed in range(given.smaller):
         longer = replace(base, model=part, seed=seed, epochs=base.epochs + recipe.epochs)
         with tempfile.TemporaryDirectory() as folder:
             accuracy = train(longer, folder).score.accuracy

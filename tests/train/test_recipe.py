@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from transom.errors import SettingsError
-from transom.train import read_recipe
+import transom
+from transom import registry
+from transom.errors import SettingsError, TransomError
+from transom.registry import Method
+from transom.train import build_model, read_recipe
 
 from .conftest import recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FITTED = [path for path in RECIPES if read_recipe(path).method is not None]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -21,6 +25,45 @@ def test_shipped_recipes_are_read(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert {"digits_vit", "cifar10_vit", "cifar10_cct"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", FITTED, ids=lambda path: path.stem)
+def test_the_method_of_a_recipe_fits_its_model(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.method is not None
+    model = build_model(recipe.model)
+    transom.apply(model, recipe.method.name, **recipe.method.settings)
+    method = registry.build(recipe.method.name, recipe.method.settings)
+    assert isinstance(method.training(**recipe.method.training), registry.Training)
+
+
+def test_every_method_that_is_trained_has_a_recipe() -> None:
+    """On the CIFAR-10 ViT, if it fits there."""
+    written = {recipe.method.name for recipe in map(read_recipe, RECIPES) if recipe.method}
+    base = read_recipe(RECIPES[0].parent / "cifar10_finetune.yaml").model
+    for slug, method in registry.methods().items():
+        trains = method().needs_training or method.training is not Method.training
+        if not trains or slug in written:
+            continue
+        with pytest.raises(TransomError):
+            transom.apply(build_model(base), slug)
+
+
+def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {name: vit_tiny_patch16_224}\ndata: {train: digits}\noptim: {lr: 0.1, clip: 1.0}\n"
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: base.yaml\noptim: {lr: 0.2}\nepochs: 3\n")
+    read = read_recipe(own, ["epochs=4"])
+    assert (read.optim.lr, read.optim.clip, read.epochs) == (0.2, 1.0, 4)
+    third = tmp_path / "third.yaml"
+    third.write_text("extends: own.yaml\n")
+    with pytest.raises(SettingsError, match="extends another recipe"):
+        read_recipe(third)
+    own.write_text("extends: nowhere.yaml\n")
+    with pytest.raises(SettingsError, match="there is no recipe"):
+        read_recipe(own)
 
 
 @pytest.fixture

@@ -268,19 +268,27 @@ class Recipe:
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file and changes as typed.
 
+    ``extends: other.yaml`` at the top of a file names a recipe beside it that it changes; only one
+    level deep, so that two files show everything that holds.
+
     Args:
         path: of the file.
         changes: "key=value" with dots between sections, for example "optim.lr=3e-4".
 
     Raises:
-        SettingsError: the file is missing or no YAML, a key is unknown, or a value is wrong.
+        SettingsError: the file or the one it extends is missing or no YAML, a key is unknown, or a
+            value is wrong.
     """
-    try:
-        content = _yaml(path.read_text(encoding="utf-8"), str(path))
-    except (FileNotFoundError, IsADirectoryError):
-        raise SettingsError(f"there is no recipe {str(path)!r}; give a YAML file") from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"{str(path)!r} holds no recipe; expected sections such as 'model:'")
+    content = _content(path)
+    other = content.pop("extends", None)
+    if other is not None:
+        base = _content(path.parent / str(other))
+        if "extends" in base:
+            raise SettingsError(
+                f"{str(path)!r} extends {other!r}, which extends another recipe; write what holds "
+                "into one of the two"
+            )
+        content = _merged(base, content)
     for change in changes:
         key, equals, value = change.partition("=")
         if not (key and equals):
@@ -297,6 +305,26 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """
     recipe: Recipe = _section(Recipe, content, "")
     return recipe
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise SettingsError(f"there is no recipe {str(path)!r}; give a YAML file") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{str(path)!r} holds no recipe; expected sections such as 'model:'")
+    return content
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections of `changes` over those of `base`, key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = base.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def _yaml(text: str, where: str) -> Any:
