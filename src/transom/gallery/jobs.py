@@ -35,6 +35,7 @@ Emit = Callable[[dict[str, Any]], None]
 WAITING = 8  # jobs that may wait
 KEPT = 24  # finished jobs whose results are kept
 _LOOK = 0.1  # seconds between looks at time, memory and wishes
+_START = 120.0  # seconds in which a process has to start; libraries are large
 
 
 @dataclass
@@ -160,31 +161,35 @@ class Jobs:
         worker = self._worker
         job.state = "running"
         self._tell(job, state="running")
-        began = time.monotonic()
         worker.pipe.send((job.spec, str(job.folder)))
+        began = time.monotonic()
         while True:
+            reason: tuple[State, Any] | None = None
             if worker.pipe.poll(_LOOK):
                 try:
                     kind, content = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._end(job, "failed", "the process ended without an answer")
-                    break
-                if kind == "event":
+                    kind, content = "failed", "the process ended without an answer"
+                    self._stop()
+                if kind == "ready":  # what it took to start is not the job's time
+                    worker.ready, began = True, time.monotonic()
+                elif kind == "event":
                     self._tell(job, **content)
-                    continue
-                self._end(job, "done" if kind == "done" else "failed", content)
-                return
-            reason = self._reason(job, worker, time.monotonic() - began)
+                else:
+                    self._end(job, "done" if kind == "done" else "failed", content)
+                    return
+            else:
+                reason = self._reason(job, worker, time.monotonic() - began)
             if reason is not None:
+                self._stop()
                 self._end(job, *reason)
-                break
-        self._stop()
+                return
 
     def _reason(self, job: Job, worker: _Worker, seconds: float) -> tuple[State, str] | None:
         """Why a running job has to stop now."""
         if not job.wanted or self._closing:
             return "cancelled", "cancelled"
-        if seconds > self.time_limit:
+        if seconds > (self.time_limit if worker.ready else max(_START, self.time_limit)):
             return "failed", f"it took longer than {self.time_limit:g} seconds and was stopped"
         if worker.memory() > self.memory_limit:
             limit = self.memory_limit / 2**30
@@ -223,6 +228,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, target), daemon=True)
+        self.ready = False
         self.process.start()
         theirs.close()
 
@@ -250,6 +256,7 @@ def _work(pipe: Connection, target: str) -> None:
         os.nice(5)
     module, _, name = target.partition(":")
     run = getattr(importlib.import_module(module), name)
+    pipe.send(("ready", None))
     while True:
         try:
             spec, folder = pipe.recv()

@@ -25,8 +25,10 @@ _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", b"", "PNG"),
     (b"RIFF", b"WEBP", "WEBP"),
 )
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError)
-_BROKEN += (struct.error, zlib.error, OverflowError, Image.DecompressionBombError)  # type: ignore[assignment]
+_BROKEN = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
+    struct.error, zlib.error, OverflowError,
+)  # fmt: skip
 
 
 def read_picture(
@@ -68,6 +70,10 @@ def read_picture(
         upright = ImageOps.exif_transpose(opened)
         upright.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         return _flat(upright)
+    except Image.DecompressionBombError as error:
+        raise GalleryError(
+            f"the picture has far more than the {max_pixels / 1e6:g} million pixels that are taken"
+        ) from error
     except _BROKEN as error:
         raise GalleryError(
             f"the {form} cannot be decoded: {str(error)[:200] or type(error).__name__}"
