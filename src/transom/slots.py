@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -299,9 +299,16 @@ class Fill:
 
 
 class BlockView(ABC):
-    """One block of a host as its adapter sees it. The defaults are those of a pre-norm block."""
+    """One block of a host as its adapter sees it. The defaults are those of a pre-norm block.
+
+    Attributes:
+        module: the block.
+        native: whether the block's own forward still works while the host is fitted. It then runs
+            where nothing is to be done.
+    """
 
     module: Any
+    native: ClassVar[bool] = False
 
     @abstractmethod
     def norm1(self, x: Tensor) -> Tensor:
@@ -475,6 +482,8 @@ class StackState:
         reduces: whether any block holds a token step.
         follows: whether the host's positions (rotary, relative) have to follow their tokens.
         parallel: whether attention and ffn of the host run side by side.
+        settled: whether blocks without anything to do may run the host's own forward; not while
+            the flow is held against it.
     """
 
     prefix: int
@@ -484,6 +493,7 @@ class StackState:
     reduces: bool = False
     follows: bool = False
     parallel: bool = False
+    settled: bool = False
 
     def layout(self, count: int) -> Layout:
         """Layout of an original sequence of `count` tokens."""
@@ -551,6 +561,24 @@ class BlockFlow:
         self.name = name
         self.fill = Fill()
 
+    @property
+    def fill(self) -> Fill:
+        """What fills the slots of this block."""
+        return self._fill
+
+    @fill.setter
+    def fill(self, fill: Fill) -> None:
+        self._fill = fill
+        self._empty = not fill.slots()
+
+    def _idle(self, call: Call) -> bool:
+        """Whether the host's own forward does all there is to do in this block."""
+        if not (self._empty and self.view.native and self.state.settled):
+            return False
+        if call.counts[self.place] is not None or call.trace is not None:
+            return False
+        return not any(self.number in watch.blocks for watch in call.watches)
+
     def __call__(
         self, x: Tensor, *args: Any, transom: tuple[Call, int] | None = None, **kwargs: Any
     ) -> Tensor:
@@ -559,7 +587,13 @@ class BlockFlow:
                 f"{self.name} was called alone while a method is fitted, so the record of its "
                 "tokens is not known; loop over the stack of blocks itself, or call the model"
             )
-        run: Callable[..., Tensor] = partial(self._run, transom[0], **kwargs)
+        call, i = transom[0], self.place
+        if self._idle(call):
+            call.records[i + 1], call.guests[i + 1] = call.records[i], call.guests[i]
+            module = self.view.module
+            out: Tensor = type(module).forward(module, x, *args, **kwargs)
+            return out
+        run: Callable[..., Tensor] = partial(self._run, call, **kwargs)
         checkpoint = self.view.checkpoint()
         return run(x, *args) if checkpoint is None else checkpoint(run, x, *args)
 
@@ -574,8 +608,6 @@ class BlockFlow:
             x = rows.take(full, representatives(record.index, count))
 
         watch = BlockWatch(call.watches, self.number) if call.watches else None
-        if watch is not None:
-            x = watch.at("residual.pre", x)
         ask = Ask(
             keep=fill.tokens is not None and fill.asks,
             operator=fill.attention,
@@ -584,15 +616,17 @@ class BlockFlow:
             home=record.home if count is not None else None,
             renumbers=fill.renumbers,
             watch=watch if watch is not None and watch.inside else None,
-            stream=x if fill.attention is not None else None,
         )
         record = ask.record = view.prepare(ask, record, *args, **kwargs)
         step, after = (None, None) if ask.decoding else (fill.tokens, fill.after)
         host, guests = record, call.guests[i] if i else None
         if fill.enter is not None and not ask.decoding:
             x, guests = fill.enter(x, guests, record)
-            if guests is not None:
-                x, record = self._welcome(x, guests, record, ask, watch)
+        if watch is not None:
+            x = watch.at("residual.pre", x)
+        if fill.enter is not None and guests is not None and not ask.decoding:
+            x, record = self._welcome(x, guests, record, ask, watch)
+        ask.stream = x if fill.attention is not None else None
         visitors, together = ask.guests, record
         size = record.size if fill.size_bias else None
         mixes = fill.mixer is not None
@@ -656,9 +690,7 @@ class BlockFlow:
         ask.guests = guests.shape[1]
         ask.record = record = with_guests(record, ask.guests)
         ask.home = None if ask.home is None else record.home
-        x = torch.cat([x, guests.to(x.dtype)], 1)
-        ask.stream = None if ask.stream is None else x
-        return x, record
+        return torch.cat([x, guests.to(x.dtype)], 1), record
 
     def _step(
         self, step: TokenStep, tokens: Tokens, ask: Ask, full: Tensor, call: Call

@@ -124,23 +124,26 @@ def test_mutual_partners_always_tie_and_go_by_position() -> None:
     assert torch.equal(order, first), "rounding decides"
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (1, 0), (3, 0), (1, 1), (0, 2)])
 @pytest.mark.parametrize("r", [1, 4, 100])
-def test_padded_items_are_matched_alone(r: int, prefix: int) -> None:
+def test_padded_items_are_matched_alone(r: int, prefix: int, suffix: int) -> None:
     torch.manual_seed(0)
-    lengths = torch.tensor([1, 2, 3, 7, 12, 19]) + prefix
-    count = prefix + 19
+    lengths = torch.tensor([1, 2, 3, 7, 12, 19]) + prefix + suffix
+    count = prefix + 19 + suffix
     metric, importance = torch.randn(6, count, 6), torch.rand(6, count)
     order = torch.rand(6, count)
     order[:, :prefix] = -1
     valid = order.argsort(1).argsort(1) < lengths[:, None]
-    found = padded.complete(metric, valid, r, importance, prefix)
+    found = padded.complete(metric, valid, r, importance, prefix, suffix)
     everything = torch.cat([found.keep, found.source], 1).sort(1).values
     assert (everything == torch.arange(count)).all()
     for item in range(6):
         real = valid[item].nonzero()[:, 0]
         alone = matching.complete(
-            metric[item, real][None], r, importance[item, real][None], matching.Reserved(prefix)
+            metric[item, real][None],
+            r,
+            importance[item, real][None],
+            matching.Reserved(prefix, suffix),
         )
         into = found.keep[item][found.into[item]]
         got = {

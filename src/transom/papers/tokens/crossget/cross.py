@@ -92,21 +92,22 @@ class Tower:
         module: the host.
         norm: with whose parameters cross tokens are normed on their way to the joint space; None
             where the blocks end with a norm.
-        project: to the joint space.
+        project: to the joint space; None when the tower lives in it.
     """
 
     module: nn.Module
     norm: nn.LayerNorm | None
-    project: nn.Linear
+    project: nn.Module | None
 
     def shown(self, cross: Tensor) -> Tensor:
         """Cross tokens (..., D) in the joint space (..., E); no gradient to norm and projection."""
         if self.norm is not None:
             norm = self.norm
             cross = normed(cross, norm.weight.detach(), norm.bias.detach(), norm.eps)
-        bias = self.project.bias
-        weight = self.project.weight.detach()
-        return nn.functional.linear(cross, weight, None if bias is None else bias.detach())
+        if self.project is None:
+            return cross
+        fixed = {name: p.detach() for name, p in self.project.named_parameters()}
+        return torch.func.functional_call(self.project, fixed, (cross,))
 
 
 # Where models of transformers keep their towers, the norm in front of the joint space (of the
@@ -202,6 +203,7 @@ class Alignment:
                     "no cross tokens were seen: call the model, not compiled, with images and "
                     "texts inside the context before asking for the loss"
                 )
+            # of a language model all tokens were kept, and its first one is the cross token
             shown.append(torch.stack([tower.shown(cross[:, 0]) for cross in seen.values()]))
         depth = max(len(x) for x in shown)
         place = torch.arange(depth)
