@@ -54,7 +54,7 @@ def test_links_lead_to_our_page_then_to_arxiv_then_to_what_there_is():
     ]
     links = [e.find("a:link", NS).get("href") for e in _parsed(entries).findall("a:entry", NS)]
     assert links == [
-        "https://gallery.example/papers/evit.html",
+        "https://gallery.example/papers/evit",
         "https://arxiv.org/abs/2401.00001",
         "https://c.example/",
         "https://gallery.example/",

@@ -19,7 +19,7 @@ def atom(entries: Iterable[Entry], *, base_url: str, updated: datetime.datetime)
 
     Args:
         entries: newest first.
-        base_url: where the gallery stands; pages of papers are `papers/SLUG.html` below it.
+        base_url: where the gallery stands; pages of papers are `papers/SLUG` below it.
         updated: when the feed changed last.
 
     Returns:
@@ -56,7 +56,7 @@ def link(entry: Entry, base_url: str) -> str:
     """Where to read on: our page of the paper, else arXiv, its project, its code, the gallery."""
     base = base_url.rstrip("/")
     if entry.slug is not None:
-        return f"{base}/papers/{entry.slug}.html"
+        return f"{base}/papers/{entry.slug}"
     if entry.arxiv_id is not None:
         return f"https://arxiv.org/abs/{entry.arxiv_id}"
     return entry.project or entry.repo or f"{base}/"

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from transom.errors import TransomError
 
 if TYPE_CHECKING:
+    from transom.gallery.mail import MailSettings
     from transom.gallery.store import Hit, Store
 
 console = Console()
@@ -176,6 +177,114 @@ def atom(
     updated = max(entry.first_seen for entry in entries)
     out.write_text(written(entries, base_url=base_url, updated=updated), encoding="utf-8")
     console.print(f"{len(entries)} entries: {out}", highlight=False, soft_wrap=True)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="Mail settings; TRANSOM_MAIL_CONFIG or mail.ini in your settings folder."
+    ),
+]
+DryRun = Annotated[
+    Path | None,
+    typer.Option("--dry-run", help="Write .eml files into this folder; send and note nothing."),
+]
+
+
+@papers.command()
+def digest(
+    since: Annotated[str, typer.Option(help="7d, 36h, 2w or a day such as 2025-11-01.")] = "7d",
+    topic: Annotated[
+        str | None, typer.Option(help="Only what has all of these words.", metavar="WORDS")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Only to this address.", metavar="ADDRESS")] = None,
+    dry_run: DryRun = None,
+    resend: Annotated[
+        bool,
+        typer.Option("--resend", help="Also what was refused, or may or may not have arrived."),
+    ] = False,
+    tries: Annotated[
+        int, typer.Option(min=1, max=20, help="Attempts, with longer and longer pauses.")
+    ] = 5,
+    config: Config = None,
+    db: Database = None,
+) -> None:
+    """Mail everybody what is new, and what has newly begun to run here.
+
+    Nobody is sent an entry twice, however often this runs, also after a crash. Letters that the
+    mail server does not take wait for the next run. Made for cron: one line, no questions.
+    """
+    import datetime
+
+    from transom.gallery import letters
+    from transom.gallery.digest import digests, moment, prepare, write
+    from transom.gallery.subscriptions import load_secret
+
+    store = _open(db)
+    settings = _mail_settings(config, dry_run)
+    secret = load_secret()
+    start = moment(since, datetime.datetime.now(datetime.timezone.utc))
+    with store:
+        store.sync_rooms()
+        found = digests(store, start, topic=topic, to=to)
+        if dry_run is not None:
+            paths = write(settings, secret, found, dry_run)
+            console.print(f"{len(paths)} letters in {dry_run}", highlight=False, soft_wrap=True)
+            return
+        if resend:
+            letters.again(store)
+        prepare(store, settings, secret, found)
+        line = letters.report(letters.deliver(store, settings, tries=tries))
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+@papers.command()
+def subscribe(
+    address: Annotated[str, typer.Argument(help="Where letters go to.")],
+    topic: Annotated[list[str] | None, typer.Option(help="Papers with all of these words.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Papers of this family.")] = None,
+    author: Annotated[
+        list[str] | None, typer.Option(help="Papers by this author or organisation.")
+    ] = None,
+    search_: Annotated[
+        list[str] | None, typer.Option("--search", help="Papers with half of these words.")
+    ] = None,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option("--dry-run", help="Write the letter as .eml into this folder instead."),
+    ] = None,
+    config: Config = None,
+    db: Database = None,
+) -> None:
+    """Ask for papers by mail; a letter asks for confirmation. Each option may be repeated."""
+    from transom.gallery import letters
+    from transom.gallery.subscriptions import Interest, load_secret
+
+    given = {"topic": topic, "family": family, "author": author, "search": search_}
+    wanted = [Interest(kind, value) for kind, values in given.items() for value in values or []]
+    store = _open(db)
+    settings = _mail_settings(config, dry_run)
+    with store:
+        letter = letters.subscribe(store, settings, load_secret(), address, wanted)
+        if letter is None:
+            raise TransomError(
+                f"a letter to {address} was written less than ten minutes ago; follow its link, "
+                "or wait"
+            )
+        if dry_run is not None:
+            path = letters.take_out(store, letter, dry_run)
+            console.print(f"letter in {path}", highlight=False, soft_wrap=True)
+            return
+        line = letters.report(letters.deliver(store, settings))
+    console.print(f"{address} is asked for confirmation: {line}", highlight=False, soft_wrap=True)
+
+
+def _mail_settings(config: Path | None, dry_run: Path | None) -> MailSettings:
+    from transom.gallery.mail import MailSettings, default_path, load_settings
+
+    if dry_run is not None and config is None and not default_path().exists():
+        return MailSettings(host="localhost", port=25, tls="none", sender="transom@localhost")
+    return load_settings(config)
 
 
 def _open(db: str | None) -> Store:

@@ -85,3 +85,72 @@ vectors = Table(
     Column("model", Text, nullable=False),
     Column("vector", LargeBinary, nullable=False, comment="float16, of unit length"),
 )
+
+subscribers = Table(
+    "subscribers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("address", String(254), nullable=False),
+    Column("address_key", String(254), nullable=False, unique=True),
+    Column("asks", Integer, nullable=False, comment="how often something was asked for"),
+    Column("asked", Moment, comment="when a confirmation was asked for last"),
+    Column("confirmed", Moment),
+    Column("ended", Moment),
+)
+
+interests = Table(
+    "interests",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column(
+        "subscriber_id",
+        Integer,
+        ForeignKey("subscribers.id", ondelete="CASCADE"),
+        nullable=False,
+        index=True,
+    ),
+    Column("kind", String(20), nullable=False),
+    Column("value", String(200), nullable=False),
+    Column("ask", Integer, nullable=False, comment="with which ask it came"),
+    Column("confirmed", Moment),
+)
+
+letters = Table(
+    "letters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column(
+        "subscriber_id",
+        Integer,
+        ForeignKey("subscribers.id", ondelete="CASCADE"),
+        nullable=False,
+        index=True,
+    ),
+    Column("kind", String(20), nullable=False, comment="digest or confirmation"),
+    Column("state", String(20), nullable=False, index=True),
+    Column("content", LargeBinary, nullable=False, comment="the message as it is sent"),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text),
+    Column("created", Moment, nullable=False),
+    Column("changed", Moment, nullable=False),
+)
+
+letter_entries = Table(
+    "letter_entries",
+    metadata,
+    Column(
+        "subscriber_id", Integer, ForeignKey("subscribers.id", ondelete="CASCADE"), primary_key=True
+    ),
+    Column("entry_id", Integer, ForeignKey("entries.id", ondelete="CASCADE"), primary_key=True),
+    Column("letter_id", Integer, ForeignKey("letters.id", ondelete="CASCADE"), nullable=False),
+)
+
+letter_rooms = Table(
+    "letter_rooms",
+    metadata,
+    Column(
+        "subscriber_id", Integer, ForeignKey("subscribers.id", ondelete="CASCADE"), primary_key=True
+    ),
+    Column("slug", String(80), primary_key=True),
+    Column("letter_id", Integer, ForeignKey("letters.id", ondelete="CASCADE"), nullable=False),
+)

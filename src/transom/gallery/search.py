@@ -83,6 +83,17 @@ def similar(connection: Connection, entry_id: int, line: str, limit: int) -> lis
     return [each for each in found if each.id != entry_id][:limit]
 
 
+def having(connection: Connection, word: str, low: int) -> set[int]:
+    """Ids of all entries, from `low` on, that have a word in one of its forms."""
+    if connection.dialect.name == "sqlite":
+        line = "SELECT rowid AS id FROM entries_fts WHERE entries_fts MATCH :word AND rowid >= :low"
+        given = _quoted(word)
+    else:
+        line = f"SELECT id FROM entries WHERE document @@ {_query('word')} AND id >= :low"
+        given = _lexeme(word)
+    return {row.id for row in connection.execute(text(line), {"word": given, "low": low})}
+
+
 def _ranked(
     connection: Connection, words: Iterable[str], limit: int, known: dict[str, int] | None = None
 ) -> list[Ranked]:
