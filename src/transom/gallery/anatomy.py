@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ FRONT = ("tokenizer", "position")
 INSIDE = ("norm", "attention", "tokens", "ffn")
 SLOTS = (*FRONT, *INSIDE)
 DEPTH = 12
+
+# The seed is everybody's, and so are the libraries that load a part of themselves when it is asked
+# for; threads of a server take turns.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def anatomy(slug: str) -> Anatomy | None:
     method = registry.rooms()[slug].method
     if method is None:
         return None
-    with torch.random.fork_rng(), torch.no_grad(), quietly():
+    with _ONE_AT_A_TIME, torch.random.fork_rng(), torch.no_grad(), quietly():
         torch.manual_seed(0)
         build = _decoder if method.takes == "decoder" else _encoder
         model, host, name = build()
@@ -173,7 +178,7 @@ def stages(backbone: Backbone) -> list[Stage]:
     """
     import timm
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with _ONE_AT_A_TIME, torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = timm.create_model(backbone.name).eval()
         seen: list[tuple[str, tuple[int, ...]]] = []

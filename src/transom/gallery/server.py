@@ -74,13 +74,17 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with tempfile.TemporaryDirectory(prefix="transom-gallery-") as folder:
             own = jobs is None
-            threading.Thread(target=warm, name="gallery-warm", daemon=True).start()
+            closing = threading.Event()
+            warming = threading.Thread(target=warm, args=(closing,), name="gallery-warm")
+            warming.start()
             app.state.jobs = jobs or Jobs(
                 Path(folder), time_limit=time_limit, memory_limit=memory_limit
             )
             try:
                 yield
             finally:
+                closing.set()
+                warming.join()
                 if own:
                     app.state.jobs.close()
 
@@ -120,9 +124,10 @@ def _mail(app: FastAPI, store: Store, secret: str) -> None:
     app.include_router(mailing.mailing_routes(store, secret, app.state.base_url))
 
 
-def warm() -> None:
+def warm(closing: threading.Event) -> None:
     """Look at every room once, so that the first visitor does not wait for it."""
-    for slug, card in load_cards().items():
-        pages.item_of(card)
+    for slug in load_cards():
+        if closing.is_set():
+            return
         pages.paper(slug)
     trial.methods()
