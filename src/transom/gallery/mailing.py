@@ -30,19 +30,16 @@ log = logging.getLogger(__name__)
 Line = Annotated[str, Form(max_length=1000)]
 
 
-def mailing_routes(
-    store: Store, secret: str, base_url: str, *, settings: MailSettings | None = None
-) -> APIRouter:
+def mailing_routes(store: Store, secret: str, base_url: str) -> APIRouter:
     """The routes; the application guards what changes something with its own form tokens.
 
     Args:
         store: with the subscribers.
         secret: that signs links, the same as that of `transom papers digest`.
         base_url: for links, where the mail settings name none.
-        settings: of mail; those of the configuration by default, read at each subscription.
     """
-    mailing = _Mailing(store, secret, base_url, settings)
-    routes = APIRouter(include_in_schema=True, default_response_class=HTMLResponse)
+    mailing = _Mailing(store, secret, base_url)
+    routes = APIRouter(default_response_class=HTMLResponse)
     for path, get, post in (
         ("/subscribe", mailing.form, mailing.subscribe),
         ("/confirm/{token}", mailing.confirming, mailing.confirm),
@@ -58,7 +55,6 @@ class _Mailing:
     store: Store
     secret: str
     base_url: str
-    settings: MailSettings | None
 
     def form(self, request: Request) -> Response:
         """The form; what is asked for by a link, such as ?search=..., stands in it."""
@@ -84,7 +80,7 @@ class _Mailing:
         except MailError as error:
             return refusal(request, 400, str(error))
         try:
-            settings = self.settings or load_settings(base_url=self.base_url)
+            settings = load_settings(base_url=self.base_url)
         except MailError as error:
             log.warning("no subscriptions: %s", error)
             return refusal(request, 503, "this gallery is not set up to send mail")
