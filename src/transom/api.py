@@ -181,6 +181,7 @@ def apply(
         if expected is not None:
             installation.refresh()
             verify(host, installation.flows, installation.state, expected)
+        installation.state.settled = True
         installation.fittings.append(fitting)
         _install_front(installation, fitting)
         _add_modules(installation, fitting)

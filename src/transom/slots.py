@@ -591,9 +591,9 @@ class BlockFlow:
         if self._idle(call):
             call.records[i + 1], call.guests[i + 1] = call.records[i], call.guests[i]
             module = self.view.module
-            out: Tensor = type(module).forward(module, x, *args, **kwargs)
-            return out
-        run: Callable[..., Tensor] = partial(self._run, call, **kwargs)
+            run: Callable[..., Tensor] = partial(type(module).forward, module, **kwargs)
+        else:
+            run = partial(self._run, call, **kwargs)
         checkpoint = self.view.checkpoint()
         return run(x, *args) if checkpoint is None else checkpoint(run, x, *args)
 

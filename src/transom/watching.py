@@ -75,6 +75,7 @@ class Watch:
     Attributes:
         state: of the stacks that are watched.
         seen: what the latest call held, by full name such as "blocks.3.residual.mid".
+        blocks: numbers of the blocks in which anything is to be done.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Watch:
         self.edits = dict(edits)
         self.detach = detach
         self.seen: dict[str, Tensor] = {}
+        self.blocks = frozenset(int(name.split(".")[1]) for name in (*wanted, *edits))
 
     def names(self, name: str) -> bool:
         """Whether something is to be done at this full name."""

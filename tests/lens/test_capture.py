@@ -12,8 +12,10 @@ import transom
 from tests.common.cases import anatomy, same
 from tests.common.hosts import DEPTH, HOSTS, call, images
 from tests.zoo.test_decoders import TEXT, llava, seeing, words
-from transom.errors import SettingsError, TokensError
+from transom import hosts
+from transom.errors import HostError, SettingsError, TokensError
 from transom.lens.capture import ablate
+from transom.slots import BlockFlow, Restore
 from transom.watching import INSIDE, NAMES
 
 PARALLEL = "timm-parallel"
@@ -195,3 +197,59 @@ def test_bad_edits() -> None:
 
 def test_names_of_the_inside_are_names() -> None:
     assert set(INSIDE) <= set(NAMES)
+
+
+def flowed(model: torch.nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks that run through the flow in one call, not through the host's own."""
+    seen: list[int] = []
+    run = BlockFlow._run
+
+    def noted(self: BlockFlow, *args: object, **kwargs: object) -> object:
+        seen.append(self.number)
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFlow, "_run", noted)
+        call(model, x)
+    return seen
+
+
+@pytest.mark.parametrize("host", ["timm-class", "timm-rotary", "timm-parallel", "hf-vit"])
+@torch.no_grad()
+def test_blocks_that_nobody_watches_run_as_they_are(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = HOSTS[host](), images(host)
+    last = DEPTH - 1
+    with transom.capture(model):
+        assert flowed(model, x, monkeypatch) == []
+    with transom.capture(model, "blocks.1.residual.post"):
+        assert flowed(model, x, monkeypatch) == [1]
+        with transom.intervene(model, {f"blocks.{last}.ffn.output": 1.0}):
+            assert flowed(model, x, monkeypatch) == [1, last]
+        assert flowed(model, x, monkeypatch) == [1]
+    transom.apply(model, "tome", r=2, where=1)
+    assert flowed(model, x, monkeypatch) == list(range(1, DEPTH)), "tokens have left"
+    with transom.trace(model) as trace:
+        assert flowed(model, x, monkeypatch) == list(range(DEPTH))
+    assert len(trace.lengths) == DEPTH
+
+
+@pytest.mark.parametrize("restore", ["never", "end", "every"])
+@torch.no_grad()
+def test_idle_blocks_do_not_change_what_others_do(
+    restore: Restore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = HOSTS["timm-average"](), images("timm-average")
+    transom.apply(model, "tome", r=2, where=1, restore=restore)
+    short = call(model, x)
+    monkeypatch.setattr(BlockFlow, "_idle", lambda self, call: False)
+    assert same(call(model, x), short)
+
+
+def test_the_check_holds_the_flow_itself_against_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HOSTS["timm-class"]()
+    view = type(hosts.find(model).views[0])
+    monkeypatch.setattr(view, "residual1", lambda self, y: 2 * y)
+    with pytest.raises(HostError, match="changes its output"):
+        transom.apply(model, "none")

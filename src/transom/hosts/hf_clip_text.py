@@ -36,6 +36,7 @@ _REAL = "transom_real"
 class BackwardBlock(PreNormBlock):
     """View of a layer whose tokens see those before them, and guests that see all."""
 
+    native = False
     causal: ClassVar[bool] = True
 
     def valid(self, *args: Any, **kwargs: Any) -> Tensor | None:

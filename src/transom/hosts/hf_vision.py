@@ -79,6 +79,8 @@ DENSE = ("neck", "decode_head", "fpn1", "auxiliary_head")
 class PreNormBlock(HfBlock):
     """View of a pre-norm layer with one ffn module."""
 
+    native = True
+
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
         children = dict(module.named_children())
@@ -181,6 +183,8 @@ class TrailingTokensBlock(PreNormBlock):
         front, behind: numbers of leading and of trailing tokens.
     """
 
+    native = False
+
     front = 0
     behind = 0
 
@@ -208,6 +212,8 @@ class PackedBlock(PreNormBlock):
     Inside, they are a batch again: of the shape that they have, or padded to the largest. Images
     of different size that lost tokens stay a batch between the blocks.
     """
+
+    native = False
 
     def arrive(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         images = self.given(args, kwargs).get("attention_mask")

@@ -39,6 +39,7 @@ class TimmBlock(BlockView):
         parallel: whether `attend` holds the ffn as well.
     """
 
+    native = True
     parallel: ClassVar[bool] = False
     known: ClassVar[tuple[str, ...]] = (
         *("norm1", "attn", "ls1", "gamma_1", "drop_path1", "drop_path"),
