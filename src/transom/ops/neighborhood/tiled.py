@@ -1,9 +1,9 @@
 """Tiles of queries against the box of keys that any of them sees: O(N·K) work and memory.
 
 The queries of a tile share most of their keys, and these form a box: a strided slice of the grid.
-One tile is therefore an ordinary small attention over views of k and v, with a mask for the part
+One tile is therefore an ordinary small attention over its box of k and v, with a mask for the part
 of the box that a single query does not see. No index table, no copy of a window per query; only
-one tile lives at a time, in the backward pass too, which makes the weights of a tile once more.
+a few tiles live at a time, and one in the backward pass, which makes its weights once more.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from transom.ops.neighborhood.rule import Axis
 
 # One tile costs about as much as this many multiply-adds beside its own; below this many queries
 # a matrix product runs at half its speed. Both measured on one core of a server CPU.
-_TILE_COST = 1.5e6
+_TILE_COST = 7e5
 _HALF_SPEED = 12
+# Tiles of one kind go through one call, so that threads share tiles and not the rows of one. Their
+# copies of keys and values hold this many numbers at most, or those of one tile.
+_ROOM = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -217,24 +220,38 @@ class Inputs:
         """Number of extra keys."""
         return 0 if self.extra_k is None else self.extra_k.shape[1]
 
-    def queries(self, tile: Tile, of: Tensor | None = None) -> Tensor:
-        """(B, H, Q, d) of q, or of another tensor of its layout."""
-        part = (self.q if of is None else of)[tile.queries]
-        return part.flatten(1, -3).transpose(1, 2)
+    def queries(self, *tiles: Tile, of: Tensor | None = None) -> Tensor:
+        """(T·B, H, Q, d) of q, or of another tensor of its layout, for T tiles of one kind."""
+        x = self.q if of is None else of
+        return _stacked([x[tile.queries] for tile in tiles]).transpose(1, 2)
 
-    def keys(self, tile: Tile) -> Tensor:
-        """(B, H, E + R, d)."""
-        return self._box(self.k, self.extra_k, tile)
+    def keys(self, *tiles: Tile) -> Tensor:
+        """(T·B, H, E + R, d)."""
+        return self._box(self.k, self.extra_k, tiles)
 
-    def values(self, tile: Tile) -> Tensor:
-        """(B, H, E + R, d)."""
-        return self._box(self.v, self.extra_v, tile)
+    def values(self, *tiles: Tile) -> Tensor:
+        """(T·B, H, E + R, d)."""
+        return self._box(self.v, self.extra_v, tiles)
 
-    def _box(self, x: Tensor, extra: Tensor | None, tile: Tile) -> Tensor:
-        box = x[tile.keys].flatten(1, -3)
-        box = box if extra is None else torch.cat([extra, box], 1)
+    def _box(self, x: Tensor, extra: Tensor | None, tiles: Sequence[Tile]) -> Tensor:
+        box = _stacked([x[tile.keys] for tile in tiles])
+        if extra is not None:
+            box = torch.cat([extra.repeat(len(tiles), 1, 1, 1), box], 1)
         share = self.q.shape[-2] // x.shape[-2]
         return (box if share == 1 else box.repeat_interleave(share, 2)).transpose(1, 2)
+
+    def groups(
+        self, axes: tuple[Axis, ...], dtype: torch.dtype, room: int
+    ) -> Iterator[tuple[tuple[Tile, ...], Tensor | None]]:
+        """Tiles of one kind with their mask, as many as have room for their keys and values."""
+        steps = sorted(self.steps(axes, dtype), key=lambda step: step[0].kind)
+        for _, same in itertools.groupby(steps, key=lambda step: step[0].kind):
+            found = list(same)
+            size = self.k[found[0][0].keys].numel() + self.v[found[0][0].keys].numel()
+            count = max(1, room // max(1, size))
+            for first in range(0, len(found), count):
+                some = found[first : first + count]
+                yield tuple(tile for tile, _ in some), some[0][1]
 
     def steps(
         self, axes: tuple[Axis, ...], dtype: torch.dtype
@@ -249,6 +266,12 @@ class Inputs:
             yield tile, made[tile.kind]
 
 
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """T parts (B, *S, H, d) of the grid as (T·B, S, H, d); one that is whole in memory as it is."""
+    x = parts[0] if len(parts) == 1 else torch.stack(list(parts)).flatten(0, 1)
+    return x.flatten(1, -3)
+
+
 def forward(
     given: Inputs, axes: tuple[Axis, ...], scale: float, lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -256,18 +279,26 @@ def forward(
     q, v = given.q, given.v
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     sums = q.new_empty(q.shape[:-1], dtype=_wide(q.dtype)) if lse else None
-    for tile, mask in given.steps(axes, sums.dtype if sums is not None else q.dtype):
-        query, key, value = given.queries(tile), given.keys(tile), given.values(tile)
+    # where logits are made, they are what takes room: one tile at a time
+    dtype, room = (q.dtype, _ROOM) if sums is None else (sums.dtype, 0)
+    for group, mask in given.groups(axes, dtype, room):
+        query, key, value = given.queries(*group), given.keys(*group), given.values(*group)
         if sums is None:
             y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
             logits = _logits(query, key, mask, scale)
             total = logits.logsumexp(-1)
             y = (logits - total[..., None]).exp_().to(value.dtype) @ value
-            shape = sums[tile.queries].shape
-            sums[tile.queries] = total.transpose(1, 2).reshape(shape)
-        out[tile.queries] = y.transpose(1, 2).reshape(out[tile.queries].shape)
+            _put(sums, group, total.transpose(1, 2))
+        _put(out, group, y.transpose(1, 2))
     return out, sums
+
+
+def _put(target: Tensor, group: Sequence[Tile], y: Tensor) -> None:
+    """What was computed for tiles, (T·B, Q, ...), to its place in (B, *S, ...)."""
+    for tile, part in zip(group, y.chunk(len(group)), strict=True):
+        place = target[tile.queries]
+        place.copy_(part.reshape(place.shape))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -311,13 +342,13 @@ class Tiled(torch.autograd.Function):
         assert dq is not None
         for tile, mask in given.steps(ctx.axes, wide):
             query, key = given.queries(tile).to(wide), given.keys(tile).to(wide)
-            value, dy = given.values(tile).to(wide), given.queries(tile, d_out).to(wide)
+            value, dy = given.values(tile).to(wide), given.queries(tile, of=d_out).to(wide)
             weight = _logits(query, key, mask, ctx.scale).softmax(-1)  # (B, H, Q, E + R)
             d_value = weight.mT @ dy
             d_weight = dy @ value.mT
             mean = (weight * d_weight).sum(-1, keepdim=True)
             if d_lse is not None:
-                mean = mean - given.queries(tile, d_lse[..., None]).to(wide)
+                mean = mean - given.queries(tile, of=d_lse[..., None]).to(wide)
             d_logits = d_weight.sub_(mean).mul_(weight).mul_(ctx.scale)
             part = (d_logits @ key).transpose(1, 2)
             dq[tile.queries] = part.reshape(dq[tile.queries].shape)
