@@ -149,3 +149,58 @@ def test_refusals() -> None:
         bootstrap({"a": torch.zeros(5, 2)}, torch.zeros(6, 2))
     with pytest.raises(SettingsError, match="above 0"):
         ridge(torch.zeros(5, 2), torch.zeros(5, 2), [0.0])
+
+
+def test_a_penalty_chosen_by_inner_folds_does_not_flatter() -> None:
+    """Features that hold nothing: nested folds score zero, a choice by what is tested does not."""
+    x = torch.randn(80, 60, generator=rng()).double()
+    y = torch.randn(80, 600, generator=rng(1)).double()
+    alphas = (0.1, 10.0, 100.0, 1e3)
+    nested = encode(x, y, inner=3, alphas=alphas).test
+    peeking = torch.stack([encode(x, y, alphas=[a]).test for a in alphas]).amax(0)
+    error = nested.std() / 600**0.5
+    assert nested.mean().abs() < 4 * error
+    assert peeking.mean() > 4 * error
+
+
+def test_integration_is_found_with_nested_folds_too() -> None:
+    found = simulate(events=160, sites=3, width=2, noise=0.7)
+    scores = bootstrap(
+        found.features, found.targets, draws=120, count=3, inner=2, alphas=(1.0, 30.0)
+    )
+    flagged = integration(scores, ["fusion"], ["image", "text"], "concatenation")
+    assert flagged.tolist() == [kind == "product" for kind in found.kinds]
+
+
+def test_the_true_model_reaches_the_ceiling_and_none_passes_it() -> None:
+    truth = simulate(events=500, sites=6, width=4, noise=0.0)
+    noise = torch.randn(5, *truth.targets.shape, generator=rng(3)).double()
+    repeats = truth.targets + noise
+    ceiling = noise_ceiling(repeats)
+    product = torch.tensor([kind == "product" for kind in truth.kinds])
+    nothing = torch.tensor([kind == "noise" for kind in truth.kinds])
+    best, linear = (
+        encode(truth.features[name], repeats[0]).test for name in ("fusion", "concatenation")
+    )
+    assert (ceiling[~nothing] > 0.6).all() and (ceiling[nothing] < 0.3).all()
+    assert (best[~nothing] / ceiling[~nothing]).mean() > 0.9
+    assert (best <= ceiling + 0.15).all()
+    assert (linear[product] / ceiling[product]).mean() < 0.3
+
+
+def test_adjustment_keeps_false_discoveries_down_among_many_sites() -> None:
+    held = torch.randn(150, 4, generator=rng(5)).double()
+    planted, empty = 20, 180
+    signal = held @ torch.randn(4, planted, generator=rng(6)).double()
+    y = torch.randn(150, planted + empty, generator=rng(7)).double()
+    y[:, :planted] += signal
+    p, _ = permutation(held, y, draws=300, alphas=(1.0, 100.0))
+    null = p[planted:]
+    assert 0.4 < null.mean() < 0.6  # p values of nothing are uniform
+    raw = (null < 0.05).sum()
+    assert raw >= 4  # without control there are false sites
+    found = benjamini_hochberg(p) < 0.05
+    assert found[:planted].float().mean() >= 0.9
+    assert found[planted:].sum() <= max(1, 0.1 * found.sum())
+    assert found[planted:].sum() < raw
+    assert not (benjamini_hochberg(null) < 0.05).any()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transom.errors import HostError, SettingsError
 from transom.papers.lens import pace
-from transom.papers.lens.pace.explainer import Patches
+from transom.papers.lens.pace.explainer import Explanation, Patches
 
 
 def planted(images: int = 60, seed: int = 0) -> tuple[Patches, Tensor]:
@@ -120,3 +120,70 @@ def test_errors_say_what_is_wrong() -> None:
         pace.learn(planted(4)[0], 0)
     with pytest.raises(SettingsError, match="rate"):
         pace.learn(planted(4)[0], 2, rate=3)
+
+
+HUES = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 0]]).float()
+
+
+def coloured(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four colour cells an image: red and yellow ones, or blue and green ones.
+
+    Images (count, 3, 32, 32), their class, and the colour of each 8-pixel patch (count, 16).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    kind = torch.arange(count) % 2
+    cell = torch.randint(2, (count, 2, 2), generator=draw) + 2 * kind[:, None, None]
+    pixels = HUES[cell].permute(0, 3, 1, 2).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    pixels = pixels + 0.3 * torch.randn(pixels.shape, generator=draw) - 0.5
+    return pixels, kind, cell.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+
+
+@pytest.mark.slow
+def test_concepts_of_a_trained_transformer_beat_random_ones_in_every_desideratum() -> None:
+    """The demonstration of the paper's Color data: colours are found, nobody names them."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=4,
+        num_classes=2,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(50):
+        x, kind, _ = coloured(32, 100 + step)
+        loss = torch.nn.functional.cross_entropy(model(x), kind)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    x, kind, colours = coloured(160, 1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    seen, twin = (pace.look_at(model, p, dim=8) for p in (x, x.flip(3) + 0.1 * noise))
+    assert (seen.labels.argmax(-1) == kind).float().mean() > 0.95
+    fitted = pace.learn(seen, 10, twins=twin, rounds=10, alpha=0.1)
+    found = fitted.explanation
+    done = pace.measure(found, seen.weights, seen.labels, pace.explain(twin, fitted.concepts))
+
+    draw = torch.Generator().manual_seed(3)
+
+    def guess() -> Explanation:
+        theta, phi = (
+            torch._sample_dirichlet(torch.ones(shape), draw).to(found.theta)
+            for shape in (found.theta.shape, found.phi.shape)
+        )
+        return found._replace(theta=theta, gamma=theta * 16, phi=phi)
+
+    random = pace.measure(guess(), seen.weights, seen.labels, guess())
+    assert done.faithfulness >= 0.95 > 0.7 > random.faithfulness
+    assert done.stability < 0.7 * random.stability
+    assert done.sparsity > random.sparsity + 0.3
+    assert done.levels > random.levels + 0.1
+    assert done.parsimony < random.parsimony
+
+    busiest = found.phi.argmax(-1).flatten().bincount().topk(4).indices
+    for concept in busiest.tolist():
+        patches = found.phi[..., concept].flatten().topk(30).indices
+        assert colours.flatten()[patches].bincount().max() >= 29
+    order = torch.randperm(160 * 16, generator=draw)
+    mixed = seen._replace(embeds=seen.embeds.flatten(0, 1)[order].view_as(seen.embeds))
+    blind = fitted.concepts._replace(eta=0 * fitted.concepts.eta)
+    shuffled = pace.explain(mixed, blind)
+    assert pace.faithfulness(shuffled.theta, seen.labels.argmax(-1)) < 0.75
