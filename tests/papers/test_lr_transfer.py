@@ -153,21 +153,88 @@ def test_logits_of_a_readout_shrink_with_its_ratio() -> None:
     torch.testing.assert_close(readout(x), before[0] / 2 + 2 * before[1])
 
 
+def test_all_regimes_are_one_network_where_it_is_narrow() -> None:
+    x = torch.randn(6, 4, generator=rng())
+    outs = {}
+    for regime in ("mup", "ntk", "standard"):
+        for width in (8, 32):
+            net = ResidualNet(4, width, 2, regime, narrow=8, generator=rng(1))
+            outs[regime, width] = net(x)
+            assert net.rates(0.5)[1] == pytest.approx(0.5 * (8 if regime == "ntk" else width))
+    for regime in ("ntk", "standard"):
+        torch.testing.assert_close(outs[regime, 8], outs["mup", 8])
+        torch.testing.assert_close(outs[regime, 32], 2 * outs["mup", 32])
+
+
+def test_standard_is_ordinary_training_with_one_learning_rate() -> None:
+    """Weights of deviation 1/sqrt(fan in) under plain gradient descent take the same course."""
+    x, y = torch.randn(9, 4, generator=rng()).double(), torch.randn(9, generator=rng(2)).double()
+    net = ResidualNet(4, 6, 1, "standard", generator=rng(1)).double()
+    plain = [(p / p.shape[-1] ** 0.5).detach().requires_grad_() for p in net.parameters()]
+
+    def outputs() -> Tensor:
+        h = x @ plain[0].T
+        h = h + h.tanh() @ plain[1].T
+        return h.tanh() @ plain[2]
+
+    sharp = Curvature(lambda: half_squared_error(outputs(), y), plain)
+    ours = Curvature(lambda: half_squared_error(net(x), y), net.parameters(), net.rates(1.0))
+    torch.testing.assert_close(top_eigenvalues(ours), top_eigenvalues(sharp))
+    optimizer = torch.optim.SGD(plain, lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        half_squared_error(outputs(), y).backward()
+        optimizer.step()
+        grads = torch.autograd.grad(half_squared_error(net(x), y), list(net.parameters()))
+        with torch.no_grad():
+            for p, g, rate in zip(net.parameters(), grads, net.rates(0.05), strict=True):
+                p -= rate * g
+    torch.testing.assert_close(net(x), outputs())
+
+
 def test_a_sweep_is_kept_and_drawn(tmp_path: Path) -> None:
-    found = sweep((8, 32), (0.5, 2.0, 1e4), watched=0.5, steps=20, depth=1, samples=16)
-    for regime in ("mup", "ntk"):
+    found = sweep(
+        (8, 32), (0.5, 2.0, 1e4), steps=20, watched_steps=20, depth=1, samples=16, seeds=1
+    )
+    for regime in ("mup", "ntk", "standard"):
         assert list(found.sharpness[regime]) == [8, 32]
         assert all(len(v) == len(found.steps) == 3 for v in found.sharpness[regime].values())
         assert found.best(regime)[32] < 2  # the last rate diverges
+        assert found.losses[regime][32][2] == float("inf")
         assert found.variation(regime, 0) >= 0
+    assert found.sharpness["mup"][8] == pytest.approx(found.sharpness["ntk"][8], rel=1e-4)
     assert picture(found, tmp_path / "sweep.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_rate_and_sharpness_stay_put_in_mup_and_drift_without() -> None:
+    """The paper's claim. The card asks for a best rate within one step of a grid of factor 2."""
+    found = sweep((32, 64, 128), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), samples=96, every=25)
+    varies = {regime: found.variation(regime, 50) for regime in found.losses}
+    assert varies["mup"] < 0.15
+    assert varies["ntk"] > 3 * varies["mup"] and varies["standard"] > 3 * varies["mup"]
+    assert max(found.best("mup").values()) - min(found.best("mup").values()) <= 1
+    assert found.drift("standard") <= 0.25
+    # wider networks sharpen less in NTK and start sharper in the standard scaling
+    ends = {regime: [v[-1] for v in found.sharpness[regime].values()] for regime in varies}
+    assert ends["ntk"] == sorted(ends["ntk"], reverse=True) and ends["ntk"][0] > 3 * ends["ntk"][-1]
+    starts = [v[0] for v in found.sharpness["standard"].values()]
+    assert starts == sorted(starts)
+    # progressive sharpening on the way to the edge of stability, which is not passed
+    for values in found.sharpness["mup"].values():
+        assert 5 * values[0] < values[-1] < 2.2 / found.watched
+
+
 def test_refusals() -> None:
-    with pytest.raises(SettingsError, match="watched"):
-        sweep((8,), (0.5,), watched=0.1)
+    with pytest.raises(SettingsError, match="watched_steps=0"):
+        sweep((8,), (0.5,), watched_steps=0)
+    with pytest.raises(SettingsError, match="diverges at the watched rate"):
+        sweep((8,), (0.5,), watched=1e4, steps=2, depth=1)
+    net = ResidualNet(2, 2, 1)
+    with pytest.raises(SettingsError, match="2 steps for 3 parameters"):
+        Curvature(lambda: net(torch.ones(1, 2)).sum(), net.parameters(), [1.0, 1.0])
     with pytest.raises(SettingsError, match="regime"):
-        ResidualNet(2, 2, 1, "sp")  # type: ignore[arg-type]
+        ResidualNet(2, 2, 1, "ntp")  # type: ignore[arg-type]
     with pytest.raises(FitError, match="Readout"):
         rescale(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(FitError, match="architecture"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class Curvature:
     Args:
         loss: called once; a forward pass on a fixed batch.
         parameters: those that require gradients count.
+        steps: relative step sizes, one for each of them. Parameters then count in units of the
+            root of theirs, in which gradient descent has one step size: what has to stay below 2
+            over it is the largest eigenvalue in these units.
 
     Attributes:
         loss: its value.
@@ -27,13 +30,31 @@ class Curvature:
         size: P.
 
     Raises:
-        SettingsError: no parameter requires gradients, or the loss is not a number.
+        SettingsError: no parameter requires gradients, the loss is not a number, or there are
+            more or fewer steps than parameters.
     """
 
-    def __init__(self, loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        loss: Callable[[], Tensor],
+        parameters: Iterable[Tensor],
+        steps: Sequence[float] | None = None,
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise SettingsError("no parameter requires gradients; the Hessian is empty")
+        self._units: Tensor | float = 1.0
+        if steps is not None:
+            if len(steps) != len(self.parameters):
+                raise SettingsError(
+                    f"got {len(steps)} steps for {len(self.parameters)} parameters; expected one "
+                    "for each"
+                )
+            roots = [
+                p.detach().new_full((p.numel(),), r**0.5)
+                for p, r in zip(self.parameters, steps, strict=True)
+            ]
+            self._units = torch.cat(roots)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             value = loss()
             if value.ndim:
@@ -41,7 +62,7 @@ class Curvature:
             grads = torch.autograd.grad(
                 value, self.parameters, create_graph=True, materialize_grads=True
             )
-            self._gradient = torch.cat([g.flatten() for g in grads])
+            self._gradient = torch.cat([g.flatten() for g in grads]) * self._units
         self.loss = value.detach()
         self.gradient = self._gradient.detach()
         self.size = len(self.gradient)
@@ -53,7 +74,7 @@ class Curvature:
         products = torch.autograd.grad(
             self._gradient, self.parameters, v, retain_graph=True, materialize_grads=True
         )
-        return torch.cat([p.flatten() for p in products])
+        return torch.cat([p.flatten() for p in products]) * self._units
 
 
 @torch.no_grad()
