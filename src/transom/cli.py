@@ -410,14 +410,21 @@ def lab_icl(
 
 @lab.command("lr-transfer")
 def lab_lr_transfer(
-    widths: Annotated[str, typer.Option(help="Of the networks, between commas.")] = "16,32,64,128",
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 200,
+    widths: Annotated[str, typer.Option(help="Of the networks, between commas.")] = "32,64,128,256",
+    steps: Annotated[int, typer.Option(min=1, help="Of each training of the rates.")] = 60,
+    watched_steps: Annotated[
+        int, typer.Option(min=1, help="Of the training along which the sharpness is taken.")
+    ] = 200,
     depth: Annotated[int, typer.Option(min=1, help="Residual layers.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of data and weights.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Data sets and weights to average over.")] = 2,
+    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("transom-lr-transfer.png"),
 ) -> None:
-    """Train over widths and learning rates, in muP and NTK scaling, and watch the sharpness."""
+    """Train over widths and learning rates, and watch the sharpness: does the best rate stay?
+
+    In muP, in NTK scaling, and with the ordinary initialisation and one learning rate for all.
+    """
     from transom.papers.lens.lr_transfer import picture, sweep
 
     _threads(threads)
@@ -426,14 +433,25 @@ def lab_lr_transfer(
     except ValueError:
         raise SettingsError(f"--widths is {widths!r}; expected numbers such as 16,32,64") from None
     with _Progress() as progress:
-        found = sweep(chosen, steps=steps, depth=depth, seed=seed, watch=progress.steps)
+        found = sweep(
+            chosen,
+            steps=steps,
+            watched_steps=watched_steps,
+            depth=depth,
+            seeds=seeds,
+            seed=seed,
+            watch=progress.steps,
+        )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("best learning rate")
     for width in chosen:
         table.add_column(f"width {width}", justify="right")
+    table.add_column("widest / narrowest", justify="right")
+    table.add_column("sharpness varies by", justify="right")
     for regime in found.losses:
-        best = found.best(regime)
-        table.add_row(regime, *(f"{found.rates[best[width]]:g}" for width in chosen))
+        best = [f"{found.rates[found.best(regime)[width]]:g}" for width in chosen]
+        varies = f"{found.variation(regime, watched_steps // 4):.0%}"
+        table.add_row(regime, *best, f"{found.drift(regime):g}", varies)
     console.print(table)
     console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
 
