@@ -41,6 +41,7 @@ PICTURES = ("image_token_id", "image_token_index", "video_token_id", "video_toke
 # and (B, N) int64, see :class:`transom.tokens.Record`.
 _VISUAL, _WORDS = "transom_visual", "transom_words"
 _KEY = "_transom"
+_SHARED = -1  # beside the layers' own notes on the cache: what layers share while a step lasts
 
 
 class DecoderBlock(HfBlock):
@@ -102,14 +103,16 @@ class DecoderBlock(HfBlock):
         if cache is None:
             ask.memory = {}
         else:
-            kept: dict[int, dict[str, Any]] = cache.__dict__.setdefault(_KEY, {})
+            kept: dict[int, dict[str, Any]] = cache.__dict__.setdefault(_KEY, {_SHARED: {}})
             ask.decoding = cache.get_seq_length(self.place) > 0
             if not ask.decoding:
                 kept[self.place] = {}
             ask.memory = kept.setdefault(self.place, {})
         if ask.decoding:
             ask.keep = False
-            ask.visual = self._continued(ask, given)
+            kept[_SHARED].pop("mask", None)
+            if ask.operator is not None:
+                ask.visual = self._continued(ask, given)
             return record
         words = given.get(_WORDS)
         # another number of them would mean a piece of a longer prompt
@@ -155,7 +158,7 @@ class DecoderBlock(HfBlock):
         if ask.moved:
             home = ask.home
             assert home is not None
-            mask = None if mask is None else _rows(_columns(mask, home), home)
+            mask = None if mask is None else self._moved(mask, home, cache)
             self._replace(given, h, home, 0, ask)
         elif memory.get("home") is not None:
             home = memory["home"]
@@ -181,6 +184,25 @@ class DecoderBlock(HfBlock):
         ask.bias = None  # padding stands in the causal bias already
         return first(attention(h, attention_mask=Carried(ask, bias), **passed))
 
+    def _moved(self, mask: Tensor, home: Tensor, cache: Any) -> Tensor:
+        """The host's mask for tokens at home (B, N), made once for layers that share it."""
+        shared = {} if cache is None else cache.__dict__[_KEY][_SHARED]
+        if "mask" in shared:
+            before, stood, gathered = shared["mask"]
+            if before is mask and stood is home:
+                return gathered
+        gathered = _rows(_columns(mask, home), home)
+        shared["mask"] = (mask, home, gathered)
+        return gathered
+
+    def _tables(self, h: Tensor, start: int, ids: Tensor, cache: Any) -> tuple[Tensor, ...]:
+        """Rotary tables of ids, which count from `start`, made once for layers that share them."""
+        shared = {} if cache is None else cache.__dict__[_KEY][_SHARED]
+        key = (start, *ids.shape)
+        if shared.get("places") != key:
+            shared["places"], shared["tables"] = key, self.rotary(h, position_ids=ids)
+        return shared["tables"]
+
     def _replace(
         self, given: dict[str, Any], h: Tensor, home: Tensor | None, start: int, ask: Ask
     ) -> None:
@@ -188,7 +210,9 @@ class DecoderBlock(HfBlock):
         if ask.renumbers:
             places = torch.arange(start, start + h.shape[1], device=h.device).expand(len(h), -1)
             axes = given["position_embeddings"][0].shape[:-3]
-            given["position_embeddings"] = self.rotary(h, position_ids=places.expand(*axes, -1, -1))
+            told = places.expand(*axes, -1, -1)
+            tables = self._tables(h, start, told, given.get("past_key_values"))
+            given["position_embeddings"] = tables
             given["position_ids"] = places
         elif home is not None:
             tables = given["position_embeddings"]

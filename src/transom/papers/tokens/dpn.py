@@ -24,7 +24,7 @@ official code share one list by accident (`shared=False` gives the evident inten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transom.errors import SettingsError, TokensError
 from transom.hosts.base import Host
 from transom.ops.matching import Matching
-from transom.registry import Method, Offer, Takes
+from transom.registry import Method, Offer, Takes, Training
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -69,7 +69,7 @@ class Router(nn.Module):
 def summary(h: Tensor, chosen: Tensor) -> Tensor:
     """Mean (B, D) of h (B, N, D) over the chosen tokens (B, N) bool."""
     weight = chosen.to(h.dtype)
-    return (weight[..., None] * h).sum(1) / weight.sum(1, keepdim=True)
+    return (weight[:, None] @ h)[:, 0] / weight.sum(1, keepdim=True)
 
 
 def draw(probs: Tensor, strides: Sequence[Size], sizes: Sequence[Size]) -> Tensor:
@@ -287,6 +287,45 @@ class Pool(nn.Module):
         return Tokens(moved.x, record)
 
 
+class Routing(Training):
+    """Adds the routing loss of all routers.
+
+    Args:
+        coefficient, margin, shared: as in :meth:`DPN.training`.
+    """
+
+    def __init__(self, coefficient: float, margin: float, shared: bool) -> None:
+        self.coefficient = coefficient
+        self.margin = margin
+        self.shared = shared
+        self.probs: list[Tensor] = []
+        self.hooks: list[Any] = []
+
+    def at_step(self, model: nn.Module, step: int, total: int) -> Mapping[str, Any]:
+        self.probs.clear()
+        if step == total:
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks.clear()
+        elif not self.hooks:
+            own = [m for m in model.modules() if isinstance(m, Router)]
+            self.hooks = [router.register_forward_hook(self._note) for router in own]
+        return {}
+
+    def extra_loss(self, model: nn.Module, outputs: Tensor) -> Tensor | None:
+        """The loss of the pass just made; None where no router was asked."""
+        if not self.probs:
+            return None
+        loss = routing_loss(self.probs, margin=self.margin, shared=self.shared)
+        self.probs = []
+        return self.coefficient * loss
+
+    def _note(self, module: nn.Module, given: Any, logits: Tensor) -> None:
+        # not again when checkpointing recomputes a layer in the backward pass
+        if module.training and logits.requires_grad:
+            self.probs.append((logits / TEMPERATURE).softmax(-1))
+
+
 @dataclass(frozen=True)
 class DPN(Method):
     """Dynamic pyramid network.
@@ -367,6 +406,31 @@ class DPN(Method):
                 )
             fills.append(Fill(after=step, asks=False, drops=True, renumbers=True))
         return fills
+
+    def training(
+        self, coefficient: float = 0.001, margin: float = 1.5, shared: bool = True, **options: Any
+    ) -> Training:
+        """The routing loss of the paper.
+
+        Args:
+            coefficient: of the routing loss beside that of the words.
+            margin: budget: worth of the strides, averaged, from which on nothing is asked for.
+            shared: as in :func:`routing_loss`.
+            **options: none.
+
+        Raises:
+            SettingsError: an option is unknown, or a number out of range.
+        """
+        if options:
+            raise SettingsError(
+                f"dpn's training has no {list(options)}; it has coefficient, margin and shared"
+            )
+        if coefficient < 0 or margin < 0:
+            raise SettingsError(
+                f"dpn's training has coefficient {coefficient} and margin {margin}; expected at "
+                "least 0"
+            )
+        return Routing(coefficient, margin, shared)
 
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ it never exits, where the official code compares NaN; label 0 counts as a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 import transom
 from transom.errors import SettingsError, TokensError
 from transom.hosts.base import Host
+from transom.hosts.hf_decoder import PICTURES
 from transom.registry import Method, Offer, Takes
 from transom.slots import Ask, Fill
 from transom.tokens import Record, Tokens
@@ -83,7 +84,7 @@ def text_state(h: Tensor, visual: Tensor, last: Tensor | None = None) -> Tensor:
     begin = torch.where(visual, places, -1).amax(1)  # the last token of an image
     behind = (places > begin[:, None]) & (places < end[:, None])
     weight = behind.to(h.dtype) / behind.sum(1, keepdim=True)
-    mean = (h * weight[..., None]).sum(1)
+    mean = (weight[:, None] @ h)[:, 0]
     return torch.cat([mean, h[torch.arange(batch, device=h.device), end]], -1)
 
 
@@ -207,6 +208,68 @@ def exit_layers(trace: Trace, images: Tensor) -> list[int | None]:
             if found[b] is None and image.any() and not alive.any():
                 found[b] = i
     return found
+
+
+class Exits(NamedTuple):
+    """Where images left, over many prompts.
+
+    layers: behind which layer the image of each prompt left; None where it stayed.
+    depth: layers of the decoder.
+    """
+
+    layers: tuple[int | None, ...]
+    depth: int
+
+    @property
+    def counts(self) -> dict[int | None, int]:
+        """Prompts by layer, from early to late; None stands last, for those that kept theirs."""
+        return {i: self.layers.count(i) for i in (*range(self.depth), None) if i in self.layers}
+
+    @property
+    def mean(self) -> float:
+        """Layers that an image went through on average."""
+        passed = [self.depth if layer is None else layer + 1 for layer in self.layers]
+        return sum(passed) / len(passed)
+
+
+def exits(model: nn.Module, calls: Iterable[Mapping[str, Any]]) -> Exits:
+    """Run prompts, and say where their images left.
+
+    Args:
+        model: that sees, with DyVTE fitted to its decoder.
+        calls: arguments of the model with `input_ids`, a batch of prompts each.
+
+    Raises:
+        FitError: nothing is fitted.
+        SettingsError: no prompt holds an image.
+    """
+    found: list[int | None] = []
+    depth = 0
+    for given in calls:
+        with torch.no_grad(), transom.trace(model) as trace:
+            model(**given)
+        depth = len(trace.tokens)
+        images = _images(model, given["input_ids"])
+        left = exit_layers(trace, images)
+        found += [layer for layer, image in zip(left, images, strict=True) if bool(image.any())]
+    if not found:
+        raise SettingsError("no prompt holds an image, so none can leave; give prompts with images")
+    return Exits(tuple(found), depth)
+
+
+def _images(model: nn.Module, words: Tensor) -> Tensor:
+    """(B, N) bool, which words stand for pieces of images."""
+    ids = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        ids |= {getattr(config, name, None) for name in PICTURES}
+    known = [i for i in ids if isinstance(i, int)]
+    return torch.isin(words, words.new_tensor(known))
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers that :class:`DyVTE` has put into a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 class Agreement(NamedTuple):
