@@ -1,4 +1,9 @@
-"""DependencyViT-Lite: the quietest tokens, which are leaves of the tree, go."""
+"""DependencyViT-Lite: the quietest tokens go.
+
+The paper calls them leaves. A pruned token is nobody's parent in the layers behind (a test). Of the
+tree that :func:`~.tree.grow` makes of a small trained model that was not pruned, the quietest were
+leaves as often as the others, so the two words are not one here.
+"""
 
 from __future__ import annotations
 
