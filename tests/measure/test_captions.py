@@ -12,10 +12,12 @@ from torch import Tensor
 
 import transom
 from tests.common.cases import anatomy
+from tests.measure import captioner
 from tests.zoo.test_decoders import IMAGE, inputs, llava, own, qwen_vl, seeing
 from transom.errors import DataError, FitError, SettingsError, TokensError
 from transom.hosts.hf_decoder import without_pictures
 from transom.measure.captions import Prompt, corrected, hallucination
+from transom.measure.chair import compare
 from transom.measure.mentions import Truth, Vocabulary
 from transom.papers.lens.vhr import VHR
 
@@ -124,3 +126,37 @@ def test_what_is_asked_wrongly() -> None:
         hallucination(model, [], truth(), **settings)
     with pytest.raises(DataError, match="one prompt an"):
         hallucination(model, [*prompts(), *prompts()], truth(), **settings)
+
+
+@pytest.mark.slow
+def test_a_trained_captioner_and_what_its_report_tells_apart() -> None:
+    """Object hallucination by a prior, on a model that was trained to have one.
+
+    Better training is better; the same text cut off is only shorter; and a correction under which
+    the model says less is not praised for that.
+    """
+    model = captioner.train(captioner.build(), 400, company=0.95, seed=1)
+    made = captioner.scenes(100, 0.0, torch.Generator().manual_seed(7))
+    asked, truth = captioner.questions(made)
+    settings: dict[str, Any] = {"decode": captioner.decode, "max_new_tokens": 20}
+    found = hallucination(model, asked, truth, {"vhr": [("vhr", {"alpha": 3.0})]}, **settings)
+    plain, before = found.scores["plain"], found.captions["plain"]
+    assert plain.instance is not None and plain.recall is not None
+    assert plain.instance > 0.15 and plain.recall > 0.6  # it invents, and it sees
+
+    short = hallucination(model, asked, truth, {}, **{**settings, "max_new_tokens": 3})
+    cut = compare(before, short.captions["plain"], truth)
+    assert cut.after.instance is not None and cut.after.instance < plain.instance
+    assert cut.verdict == "shorter"
+
+    # fewer captions with an invention, but fewer objects seen too: CHAIR_s alone would praise it
+    reinforced = found.against_plain["vhr"]
+    assert reinforced.after.recall is not None
+    assert reinforced.after.sentence < plain.sentence
+    assert reinforced.after.recall < plain.recall
+    assert reinforced.verdict != "better"
+
+    captioner.train(model, 200, company=0.0, seed=2, lr=2e-3)
+    after = hallucination(model, asked, truth, {}, **settings)
+    learned = compare(before, after.captions["plain"], truth)
+    assert learned.verdict == "better", learned.why
