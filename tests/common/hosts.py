@@ -147,6 +147,8 @@ BACKBONE = ("Dinov2Backbone", "Dinov2Config")
 REGISTERS = ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig")
 CLIP_VISION = ("CLIPVisionModelWithProjection", "CLIPVisionConfig")
 SIGLIP_VISION = ("SiglipVisionModel", "SiglipVisionConfig")
+BLIP_VISION = ("BlipVisionModel", "BlipVisionConfig")
+BLIP_2_VISION = ("Blip2VisionModel", "Blip2VisionConfig")
 
 HOSTS: dict[str, Callable[..., nn.Module]] = {
     "timm-class": timm_vit,
@@ -170,6 +172,8 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "hf-clip": hf_clip,
     "hf-siglip-vision": partial(hf, *SIGLIP_VISION),
     "hf-siglip": hf_siglip,
+    "hf-blip": partial(hf, *BLIP_VISION),
+    "hf-blip-2": partial(hf, *BLIP_2_VISION),
 }
 
 if "gated" not in inspect.signature(Attention).parameters:
