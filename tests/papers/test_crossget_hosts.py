@@ -258,6 +258,32 @@ class TestTextTower:
         learn(model, 5.0)
         torch.testing.assert_close(model(ids).last_hidden_state, plain, atol=1e-5, rtol=1e-5)
 
+    def test_the_tower_is_found_in_what_wraps_it(self) -> None:
+        from transformers import CLIPTextModelWithProjection
+
+        config = hf_clip().config.text_config  # type: ignore[attr-defined]
+        model: Any = CLIPTextModelWithProjection(config).eval()
+        ids = words(2, 12, 64, END)
+        plain = model(ids).text_embeds
+        transom.apply(model, "crossget", r=2, cross=True)
+        assert not torch.allclose(model(ids).text_embeds, plain, atol=1e-5)
+        twin = copy.deepcopy(model)
+        transom.remove(model)
+        assert torch.equal(model(ids).text_embeds, plain)
+        assert not torch.allclose(twin(ids).text_embeds, plain, atol=1e-5)
+
+    def test_the_end_of_first_checkpoints_is_the_largest_id(self) -> None:
+        """Their configurations say 2, which is no end."""
+        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model.eos_token_id = 2
+        ids = words(2, 12, 64, 63)
+        ids[1, 5], ids[1, 6:] = 63, 0
+        transom.apply(model, "crossget", r=2)
+        with torch.no_grad():
+            together = model(ids).pooler_output
+            alone = model(ids[1:, :6]).pooler_output
+        torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
     def test_methods_that_mix_up_the_order_are_refused(self) -> None:
         model: Any = hf_clip().text_model  # type: ignore[attr-defined]
         for method in ("tome", "pitome", "random"):
