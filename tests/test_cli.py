@@ -153,7 +153,19 @@ def test_lab_lr_transfer_trains_and_draws(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "lr.png"
-    words = ("lab", "lr-transfer", "--widths", "4,8", "--steps", "4", "--depth", "1")
+    words = (
+        "lab",
+        "lr-transfer",
+        "--widths",
+        "4,8",
+        "--steps",
+        "4",
+        "--depth",
+        "1",
+        "--seeds",
+        "1",
+    )
+    words = (*words, "--watched-steps", "20")
     assert run(monkeypatch, *words, "--out", str(out)) == 0
     said = capsys.readouterr().out
     assert "width 8" in said
