@@ -443,11 +443,11 @@ def lab_lr_transfer(
             watch=progress.steps,
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("best learning rate")
+    table.add_column("best rate", no_wrap=True)
     for width in chosen:
         table.add_column(f"width {width}", justify="right")
-    table.add_column("widest / narrowest", justify="right")
-    table.add_column("sharpness varies by", justify="right")
+    table.add_column("drift", justify="right")
+    table.add_column("sharpness varies", justify="right")
     for regime in found.losses:
         best = [f"{found.rates[found.best(regime)[width]]:g}" for width in chosen]
         varies = f"{found.variation(regime, watched_steps // 4):.0%}"
