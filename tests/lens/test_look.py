@@ -16,7 +16,7 @@ from tests.common.cases import anatomy
 from tests.common.hosts import HOSTS, images
 from transom import cli
 from transom.errors import DataError, FitError, HostError, SettingsError, TokensError
-from transom.lens import attending, drawing, maps
+from transom.lens import attending, drawing, heads, maps
 from transom.lens.look import LENSES, look
 from transom.measure.preprocessing import Preprocessing
 
@@ -220,3 +220,26 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(HostError):
         look(torch.nn.Linear(2, 2), x)
     assert transom.look is look
+
+
+def test_the_page_of_heads_holds_all_three_views() -> None:
+    model, x = HOSTS["timm-class"](), images("timm-class")
+    seen = look(model, x, "heads")
+    figure = seen.figures["heads"]
+    titles = " ".join(ax.get_title() for part in figure.subfigs for ax in part.axes)
+    for words in ("importance", "by distance", "map of the heads' patterns", "seen from itself"):
+        assert words in titles
+    assert {"distribution", "representation", "distance", "cluster", "mass"} <= set(seen.arrays)
+    model.reset_classifier(0)
+    bare = look(model, x, "heads")
+    assert "no classifier" in bare.summary[1] and "distribution" not in bare.arrays
+    np.testing.assert_allclose(bare.arrays["representation"], seen.arrays["representation"])
+
+
+def test_offsets_are_seen_from_the_patch_itself() -> None:
+    right = np.zeros((12, 12))  # of a grid 3 x 4: everybody looks at the right neighbour
+    for i in range(12):
+        right[i, i + 1 if i % 4 < 3 else i] = 1
+    found = heads.offsets(right, (3, 4))
+    assert found.shape == (5, 7)
+    assert found[2, 4] == 1 and found[2, 3] == 0.25 and found.sum() == 1.25

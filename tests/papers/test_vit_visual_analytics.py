@@ -188,6 +188,15 @@ def test_planted_patterns_are_told_apart() -> None:
     for scale in ("sqrt", "log"):
         there = patterns.scaled(maps, scale)
         torch.testing.assert_close(patterns.unscaled(there, scale), maps.flatten(-2))
+    small = va.find_patterns(maps, compact=True, **settings)
+    purity = sum(kind[small.cluster == c].bincount().max() for c in small.cluster.unique()) / 32
+    assert len(small.prototypes) == 4 and purity >= 0.9
+    assert small.span is not None and small.autoencoder.encoder[0].in_features == 32
+    flat = patterns.scaled(maps, "sqrt")
+    torch.testing.assert_close(small.span.back(small.span.into(flat)), flat)
+    for c in range(4):
+        own = maps[small.cluster == c].mean(0)
+        assert (small.prototypes[c] - own).abs().mean() < 0.5 * (maps.mean(0) - own).abs().mean()
     strengths = va.strength(maps[None, :4], (4, 4), 0)
     assert strengths.mass[0].argmax() == 0 and strengths.mass[1].argmax() == 1
     assert strengths.distance[2] > strengths.distance[1] > strengths.distance[0]
@@ -235,6 +244,8 @@ def test_errors_say_what_is_wrong() -> None:
         va.head_importance(model, x, torch.zeros(1, dtype=torch.long))
     with pytest.raises(HostError, match="classifier"):
         va.head_importance(HOSTS["hf-clip-vision"](), x)
+    found = va.head_importance(HOSTS["hf-clip-vision"](), x, classes=False)
+    assert list(found.heads) == ["representation"] and (found.heads["representation"] > 0).any()
     with pytest.raises(TokensError, match="grid"):
         va.strength(attention(1, 1, 9), (3, 3), 1)
     with pytest.raises(SettingsError, match="clusters"):

@@ -96,6 +96,7 @@ def overview(
     labels: Tensor | None = None,
     *,
     importance: bool = True,
+    classes: bool = True,
     replace: Replace = "zero",
     seed: int = 0,
     **options: Any,
@@ -106,7 +107,8 @@ def overview(
         model: see :func:`head_importance`.
         images: (B, 3, H, W).
         labels: (B,) true classes, or None.
-        importance: whether to prune; without it the model need not classify.
+        importance: whether to prune.
+        classes: see :func:`head_importance`.
         replace: see :func:`head_importance`.
         seed: of the patterns.
         **options: of :func:`find_patterns`.
@@ -118,7 +120,9 @@ def overview(
         HostError, TokensError, SettingsError: see the parts.
     """
     maps = maps_of(model, images)
-    pruned = head_importance(model, images, labels, replace=replace) if importance else None
+    pruned = None
+    if importance:
+        pruned = head_importance(model, images, labels, replace=replace, classes=classes)
     strengths = [strength(each, maps.grid, maps.prefix) for each in maps.attention]
     among = [each[:, :, maps.prefix :, maps.prefix :].float() for each in maps.attention]
     described = [describe(each, maps.grid) for each in among]

@@ -27,9 +27,9 @@ class Importance:
         images: by metric (L, H, B), per image: fall of accuracy (of 0 or 1) and of the probability
             of the true and the predicted class, Jensen-Shannon divergence in nats, and
             1 - cosine of the features before the classifier. Without labels the first two are
-            absent.
+            absent, without classes all but the last.
         labels: (B,) true classes, or None.
-        predicted: (B,) classes of the whole model.
+        predicted: (B,) classes of the whole model; zeros without classes.
     """
 
     images: dict[str, Tensor]
@@ -81,12 +81,14 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def measures(
-    whole: tuple[Tensor, Tensor], pruned: tuple[Tensor, Tensor], labels: Tensor | None
+    whole: tuple[Tensor | None, Tensor],
+    pruned: tuple[Tensor | None, Tensor],
+    labels: Tensor | None,
 ) -> dict[str, Tensor]:
     """All metrics of one pruned head, per image.
 
     Args:
-        whole: logits (B, C) and features (B, D) of the model.
+        whole: logits (B, C), or None, and features (B, D) of the model.
         pruned: the same without the head.
         labels: (B,) true classes, or None.
 
@@ -94,6 +96,9 @@ def measures(
         By metric (B,).
     """
     (logits, z), (other, w) = whole, pruned
+    moved = 1 - torch.nn.functional.cosine_similarity(z, w, dim=-1)
+    if logits is None or other is None:
+        return {"representation": moved}
     exact = torch.promote_types(logits.dtype, torch.float32)  # halves are too coarse to compare
     p, q = logits.to(exact).softmax(-1), other.to(exact).softmax(-1)
     found = {}
@@ -105,7 +110,7 @@ def measures(
     best = p.argmax(-1)
     found["confidence_predicted"] = p[rows, best] - q[rows, best]
     found["distribution"] = divergence(p, q)
-    found["representation"] = 1 - torch.nn.functional.cosine_similarity(z, w, dim=-1)
+    found["representation"] = moved
     return found
 
 
@@ -116,6 +121,7 @@ def head_importance(
     labels: Tensor | None = None,
     *,
     replace: Replace = "zero",
+    classes: bool = True,
 ) -> Importance:
     """Prune every head alone and measure what changes: L · H + 1 calls of the model.
 
@@ -125,12 +131,14 @@ def head_importance(
         labels: (B,) true classes, or None.
         replace: what a pruned head puts out before the output projection (whose bias stays):
             "zero", the mean of its values ("uniform" attention), or its "mean" over these images.
+        classes: False for a model that returns features (B, D) or (B, N, D) and no logits; only
+            the change of these is measured then.
 
     Returns:
         See :class:`Importance`.
 
     Raises:
-        HostError: the model returns no logits.
+        HostError: the model returns no logits, or no features.
         SettingsError: `replace` is none of these, or labels do not fit the images.
     """
     if replace not in ("zero", "uniform", "mean"):
@@ -140,7 +148,8 @@ def head_importance(
             f"labels have the shape {tuple(labels.shape)}; expected one a image, {len(images)}"
         )
     with transom.capture(model, "blocks.*.attention.head_output", check=False) as seen:
-        whole = run(model, images)
+        look = run if classes else features
+        whole = look(model, images)
         outs = list(seen.values())
         means = [out.mean(0) for out in outs]
         found: list[list[dict[str, Tensor]]] = []
@@ -148,13 +157,15 @@ def head_importance(
             found.append([])
             for h in range(out.shape[1]):
                 with pruning(model, [(i, h)], replace, means):
-                    found[-1].append(measures(whole, run(model, images), labels))
+                    found[-1].append(measures(whole, look(model, images), labels))
     names = found[0][0]
     values = {
         name: torch.stack([torch.stack([each[name] for each in layer]) for layer in found])
         for name in names
     }
-    return Importance(values, labels, whole[0].argmax(-1))
+    logits = whole[0]
+    none = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    return Importance(values, labels, none if logits is None else logits.argmax(-1))
 
 
 @torch.no_grad()
@@ -232,6 +243,20 @@ def run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         )
     features = kept[-1]
     return logits, features if features.dim() == 2 else features.mean(1)
+
+
+def features(model: nn.Module, images: Tensor) -> tuple[None, Tensor]:
+    """No logits, and the features (B, D) that a model without classifier returns."""
+    out = model(images)
+    pooled = getattr(out, "pooler_output", None)
+    found = out if isinstance(out, Tensor) else pooled
+    found = getattr(out, "last_hidden_state", None) if found is None else found
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        raise HostError(
+            f"{type(model).__name__} returns no features (B, D) or (B, N, D), so it cannot be told "
+            "what a pruned head changes"
+        )
+    return None, found if found.dim() == 2 else found.mean(1)
 
 
 def classifier(model: nn.Module) -> nn.Module:
