@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ class Outcome:
         patterns: of the layer's circuits.
         circuits: of the layer.
         lengths: of the prompts; the layers were trained with the first.
+        said: (n, 2) predictions of the layer and debiased gradient steps for the same prompts, the
+            steps scaled to fit.
     """
 
     error: dict[int, float]
@@ -102,12 +105,13 @@ class Outcome:
     patterns: Patterns
     circuits: Circuits
     lengths: tuple[int, ...]
+    said: Tensor
 
 
 @torch.no_grad()
 def _errors(
     layers: dict[str, InContextAttention], length: int, d: int, noise: float, seed: int
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], float, Tensor]:
     prompts = sample(20_000, length, d, noise, generator=torch.Generator().manual_seed(seed))
     x, y, query = prompts.z[..., :d], prompts.z[..., d], prompts.query[:, 0, :d]
     target = prompts.target.flatten()
@@ -123,7 +127,9 @@ def _errors(
     said["bayes"] = ridge(x, y, query, noise)
     step = debiased_gradient_step(1.0, 0.5, x, y, query)
     agreement = torch.corrcoef(torch.stack([said["layer"], step]))[0, 1]
-    return {n: float((s - target).square().mean()) for n, s in said.items()}, float(agreement)
+    errors = {n: float((s - target).square().mean()) for n, s in said.items()}
+    scaled = step * (said["layer"] @ step) / (step @ step)
+    return errors, float(agreement), torch.stack([said["layer"], scaled], 1)[:1000]
 
 
 def run(
@@ -198,11 +204,12 @@ def run(
         patterns(found, d),
         found,
         lengths,
+        results[length][2],
     )
 
 
 def picture(outcome: Outcome, path: str | Path) -> Path:
-    """Draw the circuits of every head and the errors over the length of the prompts.
+    """Draw the circuits of every head, predictions beside the theory, and errors over lengths.
 
     Args:
         outcome: of :func:`run`.
@@ -214,21 +221,24 @@ def picture(outcome: Outcome, path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     heads = len(outcome.circuits.qk)
-    figure = Figure(figsize=(2.4 * heads + 4.2, 4.2), layout="constrained")
-    grid = figure.add_gridspec(2, heads + 2, height_ratios=[4, 1])
-    qk, ov = outcome.circuits
-    for row, values, name in ((0, qk, "W_QK"), (1, ov.mT, "W_OV")):
-        limit = float(values.abs().max())
-        for head in range(heads):
-            axes = figure.add_subplot(grid[row, head])
-            axes.imshow(values[head].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axes.set(title=f"{name}, head {head} (±{limit:.2g})", xticks=[], yticks=[])
-            axes.title.set_fontsize(9)
-    axes = figure.add_subplot(grid[:, heads:])
+    across = min(heads, 4)
+    figure = Figure(figsize=(1.7 * across + 7.6, 3.9), layout="constrained")
+    parts: Any = figure.subfigures(1, 3, width_ratios=[1.7 * across, 3.6, 4.0])
+    left, middle, right = parts
+    _circuits(left, outcome, across)
+    axes = middle.subplots()
+    said, step = outcome.said.T.tolist()
+    reach = max(map(abs, said + step))
+    axes.plot([-reach, reach], [-reach, reach], color="grey", linewidth=0.8)
+    axes.plot(step, said, ".", markersize=2.5)
+    axes.set(xlabel="debiased gradient step, scaled", ylabel="prediction of the layer")
+    axes.set_title(f"correlation {outcome.agreement:.4f}", fontsize=10)
+    axes.set_aspect("equal")
+    axes = right.subplots()
     series = (
-        (f"{heads} heads", outcome.error),
-        ("1 head", outcome.single),
         ("linear attention", outcome.linear),
+        ("1 head", outcome.single),
+        (f"{heads} heads", outcome.error),
         ("ridge (Bayes)", outcome.bayes),
     )
     for name, errors in series:
@@ -239,9 +249,27 @@ def picture(outcome: Outcome, path: str | Path) -> Path:
         xscale="log",
         yscale="log",
     )
+    axes.set_title("error at other lengths", fontsize=10)
     axes.set_xticks(outcome.lengths, [str(n) for n in outcome.lengths])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
     path = Path(path)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     return path
+
+
+def _circuits(figure: Any, outcome: Outcome, across: int) -> None:
+    """Heat maps of W_QK and W_OV of the first heads, on one scale each."""
+    axes = figure.subplots(2, across, squeeze=False, height_ratios=[6, 1.4])
+    qk, ov = outcome.circuits
+    # the query has no response yet, so this row meets zeros only and keeps its random start
+    qk = qk[:, :-1]
+    for row, values, name in ((0, qk, "W_QK"), (1, ov.mT, "W_OV")):
+        limit = float(values.abs().max())
+        for head in range(across):
+            here = axes[row, head]
+            here.imshow(values[head].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+            here.set(xticks=[], yticks=[])
+            here.set_title(f"{name}, head {head}", fontsize=9)
+        axes[row, 0].set_ylabel(f"±{limit:.2g}", fontsize=8)
+    axes[0, 0].set_xlabel("covariates, response", fontsize=8)
