@@ -10,7 +10,7 @@ needs to have ready (MiB). A form leaves the table where its next call would tak
 much. Behind the measurements stands how time and memory grow, as the exponent of the number of
 tokens over the larger half of the sizes: 1 is linear, 2 is that of all pairs. An operator that
 says it is linear and is not, or that is slower than it says, makes the command fail. Sizes that
-take long get fewer rounds. Writes docs/results/attention.csv.
+take long get fewer rounds, quick ones ten times as many. Writes docs/results/attention.csv.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIDES = (14, 28, 56, 112, 128)
 SLOPE = 1.25  # above this an operator that calls itself linear is not
 TIME_MS, MEMORY_MIB = 2_500, 1_500  # a single call may take so long and so much
 ROUND_MS = 5_000  # all calls of a size together, beyond the least number of rounds
-LEAST_ROUNDS = 3
+LEAST_ROUNDS, QUICK_MS = 3, 20
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,17 @@ def measure(name: str, sides: list[int], rounds: int, shape: Shape) -> list[Row]
 
 
 def _rounds(rows: list[Row], tokens: int, most: int) -> int:
-    """Fewer where all forms together take long, should they grow with all pairs."""
+    """More where all forms together are quick, fewer where they take long.
+
+    Before the first size is measured it counts as quick.
+    """
     before = max((row.tokens for row in rows), default=tokens)
     last = sum(row.ms for row in rows if row.tokens == before)
-    expected = last * (tokens / before) ** 2
-    return max(LEAST_ROUNDS, min(most, int(ROUND_MS / max(expected, 1e-3))))
+    # what is quick has to be repeated, should differences of a tenth be seen
+    if last * (tokens / before) ** 2 < QUICK_MS:
+        return 10 * most
+    expected = last * (tokens / before) ** 2  # should they grow with all pairs
+    return max(LEAST_ROUNDS, min(most, int(ROUND_MS / expected)))
 
 
 def _too_much(rows: list[Row], tokens: int) -> bool:
