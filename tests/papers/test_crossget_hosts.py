@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import transom
 from tests.common.cases import anatomy
 from tests.common.hosts import HOSTS, call, hf_clip, images, tensors
-from tests.zoo.hf_zoo import BLIP_TEXT, FAMILIES, joint, questions
+from tests.zoo.hf_zoo import BLIP_TEXT, FAMILIES, FITS, joint, questions, told_images
+from transom import hosts
 from transom.errors import FitError, HostError, SettingsError, TokensError
 from transom.hosts import Host
 from transom.papers.tokens.crossget import (
@@ -580,3 +581,47 @@ def test_what_the_caption_names_survives() -> None:
     assert max(share["tome"], share["random"]) < 0.5, found
     recall = {name: x[1] for name, x in found.items()}
     assert recall["cross"] > 0.97 > recall["random"], found  # chance is a twelfth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FITS)
+def test_cross_tokens_on_the_zoo(family: str) -> None:
+    """Every family has room for guests, or says that positions enter its attention."""
+    model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs(3, 0)
+    with torch.no_grad():
+        plain = tensors(model(**inputs))
+        before = anatomy(model)
+        if hosts.find(model).follows:
+            with pytest.raises(FitError, match="have no position"):
+                transom.apply(model, "crossget", r=2, cross=True)
+            assert anatomy(model) == before
+            return
+        transom.apply(model, "crossget", r=2, cross=True)
+        learn(model)
+        with transom.trace(model) as trace:
+            got = tensors(model(**inputs))
+        assert trace.lengths[-1] <= trace.tokens[0].layout.count - 4
+        assert [t.shape for t in got] == [t.shape for t in plain]
+        assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(got, plain, strict=True))
+        alone = tensors(model(**{name: value[2:] for name, value in inputs.items()}))
+        pairs = zip(got, alone, strict=True) if len(got) == len(alone) else ()
+        for a, b in pairs:
+            if a.dim() > 1 and a[2:].shape == b.shape:
+                torch.testing.assert_close(a[2:], b, atol=1e-4, rtol=1e-4)
+        transom.remove(model)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(model(**inputs)), plain, strict=True))
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("method", [{"cross": True}, {"importance": "received"}])
+def test_padding_of_a_text_does_not_matter(method: dict[str, Any]) -> None:
+    model, batch = FAMILIES["BLIP text encoder"].build(), told_images(4)
+    transom.apply(model, "crossget", r=3, **method)
+    learn(model)
+    with torch.no_grad():
+        together = model(**batch).last_hidden_state
+        for item, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            one = {name: x[item : item + 1] for name, x in batch.items()}
+            one = {n: x if "encoder" in n else x[:, :length] for n, x in one.items()}
+            alone = model(**one).last_hidden_state
+            torch.testing.assert_close(together[item, :length], alone[0], atol=1e-5, rtol=1e-5)
