@@ -415,7 +415,7 @@ def test_without_mail_settings_there_are_no_subscriptions(store, tmp_path, monke
     monkeypatch.setenv("TRANSOM_MAIL_CONFIG", str(tmp_path / "none.ini"))
     client = testclient.TestClient(create_app(store), base_url="http://127.0.0.1")
     answer = _send(client, "/subscribe", address="ada@example.org")
-    assert answer.status_code == 503 and "not set up to send mail" in answer.text
+    assert answer.status_code == 404 and "not set up to send mail" in answer.text
 
 
 def test_what_is_asked_for_by_a_link_stands_in_the_form_as_text(site):

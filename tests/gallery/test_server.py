@@ -155,6 +155,16 @@ def test_an_entry_that_came_in_lately_is_new(client: TestClient, shelf: Store) -
     assert "Out this morning" in new and "Out long ago" not in new
 
 
+def test_a_paper_that_began_to_run_lately_is_new(tmp_path: Path, jobs: Jobs) -> None:
+    with open_store(f"sqlite:///{tmp_path / 'began.sqlite'}") as store:
+        store.sync_rooms([slug for slug in registry.rooms() if slug != "fna"])
+        store.sync_rooms()
+        with TestClient(create_app(store, jobs=jobs), base_url="http://localhost") as client:
+            text = client.get("/").text
+    new = re.findall(r'<a href="/papers/([^"]+)">[^<]+</a> <span class="new">', text)
+    assert new == ["fna"]
+
+
 def token(client: TestClient) -> str:
     found = re.search(r'name="csrf" value="([0-9a-f]+)"', client.get("/try").text)
     assert found is not None

@@ -41,11 +41,18 @@ def linked(item: Item, urls: Urls) -> Item:
 
 def merged(items: Sequence[Item], store: Store, limit: int, today: datetime.date) -> list[Item]:
     """Entries of the store with what the cards know; cards without an entry stay as they are."""
-    known = {item.slug: item for item in items}
+    known = {item.slug: item for item in newly_running(items, store)}
     stored = store.page(limit=limit)
     found = [from_store(entry, known.get(entry.slug), today) for entry in stored]
     seen = {entry.slug for entry in stored}
-    return found + [item for item in items if item.slug not in seen]
+    return found + [item for slug, item in known.items() if slug not in seen]
+
+
+def newly_running(items: Iterable[Item], store: Store) -> list[Item]:
+    """The same, new if they began to run here within the last days."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    began = {*store.began(now - datetime.timedelta(days=NEW_DAYS))}
+    return [dataclasses.replace(i, is_new=i.is_new or i.slug in began) for i in items]
 
 
 def from_store(entry: Any, known: Item | None, today: datetime.date) -> Item:
@@ -63,7 +70,7 @@ def from_store(entry: Any, known: Item | None, today: datetime.date) -> Item:
         authors=_authors(entry),
         votes=entry.votes or 0,
         comments=entry.comments or 0,
-        is_new=lately and fresh,
+        is_new=(lately and fresh) or base.is_new,
     )
 
 
@@ -128,8 +135,11 @@ def paper(slug: str, pictures: Sequence[Picture], urls: Urls) -> dict[str, Any]:
 
 def overview() -> dict[str, Any]:
     """What the template of all results needs."""
+    drawn = [(result, charts(result)) for result in results().values()]
+    # first what weighs a gain against its cost, then other charts, then tables alone
+    drawn.sort(key=lambda pair: (not any(c.front or c.diagonal for c in pair[1]), not pair[1]))
     return {
-        "overview": [(r, [draw(chart) for chart in charts(r)[:2]]) for r in results().values()],
+        "overview": [(result, [draw(chart) for chart in own[:2]]) for result, own in drawn],
         "slugs": load_cards(),
     }
 

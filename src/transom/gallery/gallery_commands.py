@@ -97,6 +97,7 @@ def serve(
             f"the server needs the package {error.name}: pip install 'transom[gallery]'"
         ) from error
     from transom.gallery.store import open_store
+    from transom.gallery.subscriptions import load_secret
 
     folder = drawings or user_cache_path("transom", appauthor=False) / "gallery" / __version__
     address = base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -108,7 +109,7 @@ def serve(
             store,
             host=host,
             password=password,
-            secret=os.environ.get("TRANSOM_SECRET"),
+            secret=load_secret(),
             drawings=folder,
             base_url=address,
             time_limit=seconds,

@@ -83,7 +83,7 @@ class _Mailing:
             settings = load_settings(base_url=self.base_url)
         except MailError as error:
             log.warning("no subscriptions: %s", error)
-            return refusal(request, 503, "this gallery is not set up to send mail")
+            return refusal(request, 404, "this gallery is not set up to send mail")
         try:
             letter = letters.subscribe(self.store, settings, self.secret, checked, wanted)
         except MailError as error:

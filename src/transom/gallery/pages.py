@@ -359,13 +359,10 @@ def _path(room: Room | None) -> str:
 
 
 def _look(slug: str, found: Anatomy | None) -> str:
-    """The command that looks at the same on one's own picture; only fates have one."""
+    """The command that looks at the same on all photographs of the demo; only fates have one."""
     if found is None or "tokens" not in found.slots:
         return ""
-    return (
-        "transom look PICTURE.jpg --model vit_small_patch14_dinov2 --pretrained "
-        f"--lens fates --method {slug}"
-    )
+    return f"transom look demo --model demo --lens fates --method {slug}"
 
 
 def _offers(room: Room | None) -> list[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -60,7 +61,7 @@ def feed(
     store: Store = request.app.state.store
     stored, ends = _part(store, before, wanted)
     top = store.get(before).day if before is not None else None
-    known = _cards(request)
+    known = {str(i.slug): i for i in content.newly_running(_cards(request).values(), store)}
     here = {each.slug for each in store.page(slugs=list(known), limit=len(known))}
     items = [_item(each, known) for each in stored]
     bottom = None if ends or not stored else stored[-1].day
@@ -210,13 +211,17 @@ def _found(request: Request, text: str, limit: int) -> list[Item]:
     store: Store = request.app.state.store
     items = [_item(hit.stored) for hit in store.search(text, limit)] if text.strip() else []
     have = {item.slug for item in items}
-    cards = [pages.item_of(card) for card in load_cards().values()]
-    own = content.search_index(cards)
     slugs = list(load_cards())
-    for number in index.search(own, text, limit):
+    for number in index.search(_index(), text, limit):
         if slugs[number] not in have:
-            items.append(content.linked(cards[number], URLS))
+            items.append(content.linked(pages.item_of(load_cards()[slugs[number]]), URLS))
     return items[:limit]
+
+
+@functools.cache
+def _index() -> index.Index:
+    """Of all cards, in their order."""
+    return content.search_index([pages.item_of(card) for card in load_cards().values()])
 
 
 def _item(stored: Stored, known: Mapping[str, Item] | None = None) -> Item:

@@ -234,7 +234,8 @@ def _growth(result: Result) -> list[Chart]:
                 if (tokens := _value(row, "tokens")) and (ms := _value(row, "ms"))
             ]
             if points:
-                series.append(Series(form, points, operator, quiet=form in _QUIET))
+                quiet = form in _QUIET
+                series.append(Series(form, points, "" if quiet else operator, quiet))
         if series:
             made.append(Chart(operator, "tokens", "milliseconds", series, log=True))
     return made

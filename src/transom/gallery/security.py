@@ -146,7 +146,7 @@ async def csrf(request: Request) -> None:
     if request.headers.get("sec-fetch-site") == "cross-site":
         raise HTTPException(403, "this request comes from another site")
     origin = request.headers.get("origin")
-    if origin and origin != "null" and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin and origin != "null" and _place(origin) != request.headers.get("host"):
         raise HTTPException(403, "this request comes from another site")
     sessions: Sessions = request.app.state.sessions
     session = sessions.read(request.cookies)
@@ -193,11 +193,11 @@ class Guard:
         await self.app(scope, _limited(receive), headed)
 
     def _refusal(self, request: Request) -> Response | None:
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        name = _name(request.headers.get("host", ""))
         if self.hosts is not None and name not in self.hosts:
             return PlainTextResponse("this server is not called by that name", 421)
         length = request.headers.get("content-length", "0")
-        if not length.isdigit():
+        if not (length.isascii() and length.isdigit() and len(length) < 19):
             return PlainTextResponse("the length of the request is no number", 400)
         if int(length) > MAX_BODY:
             return PlainTextResponse(f"at most {MAX_BODY // 2**20} MiB are taken", 413)
@@ -226,6 +226,21 @@ def _limited(receive: Receive) -> Receive:
 
 def local_path(address: str) -> str:
     """An address to go on to, if it stays on this server; else the start."""
-    parts = urlsplit(address)
     safe = address.startswith("/") and not address.startswith(("//", "/\\"))
-    return address if safe and not parts.netloc and address.isprintable() else "/"
+    return address if safe and address.isprintable() else "/"
+
+
+def _place(address: str) -> str | None:
+    """Name and port of an address; None for one that is none."""
+    try:
+        return urlsplit(address).netloc
+    except ValueError:
+        return None
+
+
+def _name(host: str) -> str | None:
+    """The name in a `Host` header; None for one that is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

@@ -9,8 +9,6 @@ scripts; what strangers send is limited before it is looked at. See `security`, 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import secrets
 import tempfile
 import threading
@@ -28,12 +26,11 @@ from transom.gallery import pages, trial
 from transom.gallery.answers import Drawings, invalid, missing, refused, unusable
 from transom.gallery.entering import entering_routes
 from transom.gallery.jobs import Jobs
+from transom.gallery.mailing import mailing_routes
 from transom.gallery.reading import reading_routes
 from transom.gallery.security import Guard, Sessions, check_binding, csrf, is_loopback
 from transom.gallery.store import Store
 from transom.gallery.trying import trying_routes
-
-logger = logging.getLogger(__name__)
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -103,7 +100,7 @@ def create_app(
     app.include_router(entering_routes())
     app.include_router(reading_routes())
     app.include_router(trying_routes())
-    _mail(app, store, secret)
+    app.include_router(mailing_routes(store, secret, app.state.base_url))
     app.mount("/static", StaticFiles(packages=[("transom.gallery", "static")]), name="static")
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -112,16 +109,6 @@ def create_app(
     names = LOCAL | {host} if is_loopback(host) else None
     app.add_middleware(Guard, sessions=sessions, hosts=names)
     return app
-
-
-def _mail(app: FastAPI, store: Store, secret: str) -> None:
-    """Subscriptions, where that part is installed."""
-    try:
-        mailing = importlib.import_module("transom.gallery.mailing")
-    except ImportError as error:
-        logger.info("without subscriptions: %s", error)
-        return
-    app.include_router(mailing.mailing_routes(store, secret, app.state.base_url))
 
 
 def warm(closing: threading.Event) -> None:

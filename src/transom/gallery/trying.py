@@ -142,7 +142,7 @@ async def events(request: Request, identity: str) -> Response:
     """What a job tells, as server-sent events; begins after the last one that was seen."""
     job = _job(request, identity)
     seen = request.headers.get("last-event-id", "")
-    start = int(seen) + 1 if seen.isdigit() and len(seen) < 9 else 0
+    start = int(seen) + 1 if seen.isascii() and seen.isdigit() and len(seen) < 9 else 0
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(_stream(job, start), media_type="text/event-stream", headers=headers)
 

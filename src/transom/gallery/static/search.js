@@ -122,7 +122,8 @@
 
   input.addEventListener("input", () => {
     clearTimeout(wait);
-    wait = setTimeout(search, served ? 90 : 0);
+    if (served) wait = setTimeout(search, 90);
+    else search();
   });
   input.addEventListener("focus", () => { if (input.value) search(); });
   input.addEventListener("blur", close);
@@ -136,6 +137,10 @@
     if (!list.hidden && active >= 0 && links[active]) {
       event.preventDefault();
       location.href = links[active].dataset.href;
-    } else if (!served) event.preventDefault();
+    } else if (!served) {
+      event.preventDefault();
+      const first = look(input.value)[0];
+      if (first) location.href = first.href;
+    }
   });
 })();
