@@ -254,9 +254,9 @@ def _import(url, barrier):
 
 
 def test_processes_share_a_database_and_make_it_only_once(url):
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(3)
-    others = [spawn.Process(target=_import, args=(url, barrier)) for _ in range(3)]
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(3)
+    others = [fork.Process(target=_import, args=(url, barrier)) for _ in range(3)]
     for other in others:
         other.start()
     for other in others:

@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,11 @@ class Entry:
         return title_key(self.title)
 
 
+@lru_cache(maxsize=4096)
 def title_key(title: str) -> str:
     """A title without case, accents, blanks and punctuation."""
+    if title.isascii():
+        return re.sub(r"[^a-z0-9]+", "", title.lower()) or title.lower()
     plain = unicodedata.normalize("NFKD", title).casefold()
     return "".join(c for c in plain if c.isalnum()) or plain
 
@@ -476,7 +479,10 @@ def _clean(text: Any, field: str, where: str) -> str:
         raise FeedError(
             f"{where}: a {field} of {len(text)} characters; expected at most {LONGEST[field]}"
         )
-    kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else " " for c in text)
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else " " for c in line)
     return " ".join("".join(kept).split())
 
 

@@ -55,18 +55,18 @@ entries = Table(
     Column("title", Text, nullable=False),
     Column("title_key", Text, nullable=False, index=True),
     Column("abstract", Text, nullable=False),
-    Column("authors", Text, nullable=False, comment="JSON list of names"),
+    Column("authors", Text, nullable=False),  # JSON list of names
     Column("author_count", Integer),
     Column("organisation", Text),
     Column("date", Date),
-    Column("day", Date, nullable=False, comment="to sort by: date, else the day of import"),
+    Column("day", Date, nullable=False),  # to sort by: date, else the day of import
     Column("comments", Integer, nullable=False),
     Column("votes", Integer, nullable=False),
     Column("arxiv_id", String(40), unique=True),
     Column("repo", Text),
     Column("project", Text),
     Column("slug", String(80), index=True),
-    Column("words", Text, nullable=False, comment="of the card: names, keywords, family"),
+    Column("words", Text, nullable=False),  # of the card: names, keywords, family
     Column("first_seen", Moment, nullable=False, index=True),
     Index("ix_entries_day_id", "day", "id"),
 )
@@ -75,7 +75,7 @@ rooms = Table(
     "rooms",
     metadata,
     Column("slug", String(80), primary_key=True),
-    Column("began", Moment, comment="when it began to run here; null: before this database was"),
+    Column("began", Moment),  # when it began to run here; null: before this database was
 )
 
 vectors = Table(
@@ -83,7 +83,7 @@ vectors = Table(
     metadata,
     Column("entry_id", Integer, ForeignKey("entries.id", ondelete="CASCADE"), primary_key=True),
     Column("model", Text, nullable=False),
-    Column("vector", LargeBinary, nullable=False, comment="float16, of unit length"),
+    Column("vector", LargeBinary, nullable=False),  # float16, of unit length
 )
 
 subscribers = Table(
@@ -92,8 +92,8 @@ subscribers = Table(
     Column("id", Integer, primary_key=True),
     Column("address", String(254), nullable=False),
     Column("address_key", String(254), nullable=False, unique=True),
-    Column("asks", Integer, nullable=False, comment="how often something was asked for"),
-    Column("asked", Moment, comment="when a confirmation was asked for last"),
+    Column("asks", Integer, nullable=False),  # how often something was asked for
+    Column("asked", Moment),  # when a confirmation was asked for last
     Column("confirmed", Moment),
     Column("ended", Moment),
 )
@@ -111,7 +111,7 @@ interests = Table(
     ),
     Column("kind", String(20), nullable=False),
     Column("value", String(200), nullable=False),
-    Column("ask", Integer, nullable=False, comment="with which ask it came"),
+    Column("ask", Integer, nullable=False),  # with which ask it came
     Column("confirmed", Moment),
 )
 
@@ -126,9 +126,9 @@ letters = Table(
         nullable=False,
         index=True,
     ),
-    Column("kind", String(20), nullable=False, comment="digest or confirmation"),
+    Column("kind", String(20), nullable=False),  # digest or confirmation
     Column("state", String(20), nullable=False, index=True),
-    Column("content", LargeBinary, nullable=False, comment="the message as it is sent"),
+    Column("content", LargeBinary, nullable=False),  # the message as it is sent
     Column("attempts", Integer, nullable=False),
     Column("error", Text),
     Column("created", Moment, nullable=False),

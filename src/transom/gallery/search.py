@@ -180,7 +180,7 @@ def _tsvector(
         given[f"w{number}"] = _lexeme(word)
         weight = math.log(1 + total / count)
         # Weights of D, C, B, A; the rank is divided by 1 + log of the length.
-        rank = f"ts_rank('{{0.12,0.2,0.4,1.0}}', document, {_query(f'w{number}')}, 1)"
+        rank = f"ts_rank('{{0.4,0.4,0.7,1.0}}', document, {_query(f'w{number}')}, 1)"
         parts.append(f"{weight:.4f} * {rank}")
     joint, chosen = (" || ", rare) if rare else (" && ", list(counts))
     match = joint.join(_query(name_of[word]) for word in chosen)

@@ -83,11 +83,21 @@ def _fts5() -> None:
 
 
 def _tsvector() -> None:
+    """Signs become blanks first: PostgreSQL takes what looks like a tag or a file for no words."""
+
+    def words(column: str) -> str:
+        return rf"regexp_replace({column}, '[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e]+', ' ', 'g')"
+
+    title, names, abstract = (
+        words("title || ' ' || words"),
+        words("authors || ' ' || coalesce(organisation, '')"),
+        words("abstract"),
+    )
     op.execute(
         "ALTER TABLE entries ADD COLUMN document tsvector GENERATED ALWAYS AS ("
-        "setweight(to_tsvector('english', title || ' ' || words), 'A') || "
-        "setweight(to_tsvector('simple', authors || ' ' || coalesce(organisation, '')), 'B') || "
-        "setweight(to_tsvector('english', abstract), 'D')) STORED"
+        f"setweight(to_tsvector('english', {title}), 'A') || "
+        f"setweight(to_tsvector('simple', {names}), 'B') || "
+        f"setweight(to_tsvector('english', {abstract}), 'D')) STORED"
     )
     op.execute("CREATE INDEX ix_entries_document ON entries USING gin (document)")
 
