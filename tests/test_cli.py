@@ -153,19 +153,8 @@ def test_lab_lr_transfer_trains_and_draws(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "lr.png"
-    words = (
-        "lab",
-        "lr-transfer",
-        "--widths",
-        "4,8",
-        "--steps",
-        "4",
-        "--depth",
-        "1",
-        "--seeds",
-        "1",
-    )
-    words = (*words, "--watched-steps", "20")
+    words = ("lab", "lr-transfer", "--widths", "4,8", "--steps", "4", "--depth", "1")
+    words = (*words, "--seeds", "1", "--watched-steps", "20")
     assert run(monkeypatch, *words, "--out", str(out)) == 0
     said = capsys.readouterr().out
     assert "width 8" in said
@@ -173,3 +162,5 @@ def test_lab_lr_transfer_trains_and_draws(
     assert Image.open(out).size[0] > 500
     assert run(monkeypatch, "lab", "lr-transfer", "--widths", "4,x") == 1
     assert "--widths" in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--depths", "1,2", "--out", str(out)) == 0
+    assert "depth-mup" in capsys.readouterr().out

@@ -225,10 +225,23 @@ def test_rate_and_sharpness_stay_put_in_mup_and_drift_without() -> None:
         assert 5 * values[0] < values[-1] < 2.2 / found.watched
 
 
+@pytest.mark.slow
+def test_over_depths_only_the_factor_for_depth_holds_the_sharpness_still() -> None:
+    found = sweep((2, 4, 8, 16), (2.0, 4.0, 8.0), over="depth", width=48, samples=96, every=25)
+    varies = {regime: found.variation(regime) for regime in found.losses}
+    assert list(varies) == ["depth-mup", "mup"]
+    assert varies["depth-mup"] < 0.25 and varies["mup"] > 2 * varies["depth-mup"]
+    starts = {r: [v[0] for v in found.sharpness[r].values()] for r in varies}
+    assert max(starts["depth-mup"]) < 1.5 * min(starts["depth-mup"])
+    assert starts["mup"] == sorted(starts["mup"]) and starts["mup"][-1] > 5 * starts["mup"][0]
+
+
 def test_refusals() -> None:
     with pytest.raises(SettingsError, match="watched_steps=0"):
         sweep((8,), (0.5,), watched_steps=0)
-    with pytest.raises(SettingsError, match="diverges at the watched rate"):
+    with pytest.raises(SettingsError, match="'height'"):
+        sweep(over="height")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="diverges at the"):
         sweep((8,), (0.5,), watched=1e4, steps=2, depth=1)
     net = ResidualNet(2, 2, 1)
     with pytest.raises(SettingsError, match="2 steps for 3 parameters"):

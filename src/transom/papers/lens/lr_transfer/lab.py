@@ -1,9 +1,9 @@
-"""Train over widths and learning rates, and watch the sharpness.
+"""Train over widths, or depths, and learning rates, and watch the sharpness.
 
-All regimes are the same network at the narrowest width (but for the step size of the first matrix
-in "standard"), where it learns features; what happens to it as it grows is what they differ in.
-With the textbook gamma = 1 of NTK every width above a few neurons is lazy already: its sharpness
-hardly moves, and so cannot move apart either.
+Over widths, all regimes are the same network at the narrowest one (but for the step size of the
+first matrix in "standard"), where it learns features; what happens to it as it grows is what they
+differ in. With the textbook gamma = 1 of NTK every width above a few neurons is lazy already: its
+sharpness hardly moves, and so cannot move apart either.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,15 +27,22 @@ NAMES: dict[Regime, str] = {
     "ntk": "NTK",
     "standard": "standard",
 }
+Over = Literal["width", "depth"]
+REGIMES: dict[Over, tuple[Regime, ...]] = {
+    "width": ("mup", "ntk", "standard"),
+    "depth": ("depth-mup", "mup"),
+}
+SIZES: dict[Over, tuple[int, ...]] = {"width": (32, 64, 128, 256), "depth": (2, 4, 8, 16)}
 Watch = Callable[[int, int], None]
 _LOST = 1e3  # a loss that starts near 1 does not come back from here
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found, by regime and width.
+    """What a sweep found, by regime and size.
 
     Attributes:
+        over: what a size is, a width or a depth.
         rates: the learning rates eta_0.
         watched: the rate along which the sharpness was taken.
         steps: at which it was taken.
@@ -44,6 +52,7 @@ class Sweep:
             eigenvalue in units of the step sizes, which for the others is the same.
     """
 
+    over: Over
     rates: tuple[float, ...]
     watched: float
     steps: tuple[int, ...]
@@ -51,33 +60,35 @@ class Sweep:
     sharpness: dict[Regime, dict[int, tuple[float, ...]]]
 
     def best(self, regime: Regime) -> dict[int, int]:
-        """Index of the best rate of each width."""
+        """Index of the best rate of each size."""
         return {
-            width: min(range(len(values)), key=values.__getitem__)
-            for width, values in self.losses[regime].items()
+            size: min(range(len(values)), key=values.__getitem__)
+            for size, values in self.losses[regime].items()
         }
 
     def drift(self, regime: Regime) -> float:
-        """Best rate of the widest network by that of the narrowest."""
+        """Best rate of the largest network by that of the smallest."""
         best = self.best(regime)
         return self.rates[best[max(best)]] / self.rates[best[min(best)]]
 
     def variation(self, regime: Regime, start: int = 50) -> float:
-        """Standard deviation of the sharpness over widths by its mean, averaged from a step on."""
+        """Standard deviation of the sharpness over sizes by its mean, averaged from a step on."""
         rows = torch.tensor([list(v) for v in self.sharpness[regime].values()])
         rows = rows[:, torch.tensor(self.steps) >= start]
         return float((rows.std(0, correction=0) / rows.mean(0)).mean())
 
 
 def sweep(
-    widths: Sequence[int] = (32, 64, 128, 256),
+    sizes: Sequence[int] | None = None,
     rates: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-    regimes: Sequence[Regime] = ("mup", "ntk", "standard"),
+    regimes: Sequence[Regime] | None = None,
     *,
+    over: Over = "width",
     watched: float = 0.25,
     steps: int = 60,
     watched_steps: int = 200,
     every: int = 10,
+    width: int = 64,
     depth: int = 3,
     inputs: int = 16,
     samples: int = 128,
@@ -88,15 +99,18 @@ def sweep(
     """Full-batch gradient descent of residual networks on products of two random features.
 
     Args:
-        widths: of the networks; at the narrowest all regimes are the same network.
+        sizes: widths or depths of the networks; at the narrowest all regimes are the same network.
         rates: eta_0; the step size is eta_0 gamma^2, and eta_0 times the fan in for "standard".
-        regimes: to compare.
+        regimes: to compare; by default muP, NTK and "standard" over widths, muP with and without
+            its factor for depth over depths.
+        over: whether sizes are widths or depths.
         watched: the rate at which the sharpness is taken; low enough that training does not end
             at the edge of stability, where all curves meet at 2 / rate.
         steps: of each training of the rates.
         watched_steps: of the training along which the sharpness is taken.
         every: so many steps the sharpness is taken.
-        depth: residual layers.
+        width: of all networks, over depths.
+        depth: residual layers of all networks, over widths.
         inputs: features of an input.
         samples: of the batch.
         seeds: data sets and weights to average over.
@@ -107,27 +121,33 @@ def sweep(
         Losses and sharpness.
 
     Raises:
-        SettingsError: a count is below 1, or the training that is watched diverges.
+        SettingsError: a count is below 1, `over` is neither, or the training that is watched
+            diverges.
     """
-    if min(steps, watched_steps, every, samples, seeds, *widths) < 1:
+    if over not in SIZES:
+        raise SettingsError(f"over is {over!r}; expected one of {list(SIZES)}")
+    sizes = SIZES[over] if sizes is None else sizes
+    regimes = REGIMES[over] if regimes is None else regimes
+    if min(steps, watched_steps, every, samples, seeds, width, depth, *sizes) < 1:
         raise SettingsError(
             f"steps={steps}, watched_steps={watched_steps}, every={every}, samples={samples}, "
-            f"seeds={seeds}, widths={list(widths)}; expected each to be 1 or more"
+            f"seeds={seeds}, width={width}, depth={depth}, sizes={list(sizes)}; expected each to "
+            "be 1 or more"
         )
+    shapes = [(n, depth) if over == "width" else (width, n) for n in sizes]
+    narrow = min(shape[0] for shape in shapes)
     losses: dict[Regime, dict[int, tuple[float, ...]]] = {}
     sharpness: dict[Regime, dict[int, tuple[float, ...]]] = {}
-    done, total = 0, len(regimes) * len(widths) * (len(rates) + 1) * seeds
+    done, total = 0, len(regimes) * len(sizes) * (len(rates) + 1) * seeds
     for regime in regimes:
         losses[regime], sharpness[regime] = {}, {}
-        for width in widths:
+        for size, (wide, deep) in zip(sizes, shapes, strict=True):
             ends, seen = torch.zeros(len(rates)), torch.zeros(watched_steps // every + 1)
             for k in range(seed, seed + seeds):
                 x, y = _task(k, samples, inputs)
                 for i in range(len(rates) + 1):
                     start = torch.Generator().manual_seed(k + 1)
-                    net = ResidualNet(
-                        inputs, width, depth, regime, narrow=min(widths), generator=start
-                    )
+                    net = ResidualNet(inputs, wide, deep, regime, narrow=narrow, generator=start)
                     if i < len(rates):
                         ends[i] += math.log(_train(net, x, y, rates[i], steps)) / seeds
                     else:
@@ -135,10 +155,10 @@ def sweep(
                     done += 1
                     if watch is not None:
                         watch(done, total)
-            losses[regime][width] = tuple(ends.exp().tolist())
-            sharpness[regime][width] = tuple(seen.tolist())
+            losses[regime][size] = tuple(ends.exp().tolist())
+            sharpness[regime][size] = tuple(seen.tolist())
     taken = tuple(range(0, watched_steps + 1, every))
-    return Sweep(tuple(rates), watched, taken, losses, sharpness)
+    return Sweep(over, tuple(rates), watched, taken, losses, sharpness)
 
 
 def _task(seed: int, samples: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -181,8 +201,8 @@ def _watched(net: ResidualNet, x: Tensor, y: Tensor, rate: float, steps: int, ev
             )
             if not here.loss < _LOST:
                 raise SettingsError(
-                    f"training of width {len(net.w_out)} diverges at the watched rate {rate} in "
-                    f"{net.regime!r}; take a lower one"
+                    f"training of width {len(net.w_out)}, depth {net.depth} diverges at the "
+                    f"watched rate {rate} in {net.regime!r}; take a lower one"
                 )
             seen.append(top_eigenvalues(here, tolerance=1e-2, most=40)[0])
         if step < steps:
@@ -210,16 +230,18 @@ def picture(result: Sweep, path: str | Path) -> Path:
     for column, regime in enumerate(result.losses):
         above, below = axes[0, column], axes[1, column]
         best = result.best(regime)
-        for i, (width, values) in enumerate(result.losses[regime].items()):
+        for i, (size, values) in enumerate(result.losses[regime].items()):
             colour = colormaps["viridis"](0.9 * i / max(1, len(best) - 1))
-            above.plot(result.rates, values, marker=".", color=colour, label=f"width {width}")
             above.plot(
-                result.rates[best[width]], values[best[width]], "*", color=colour, markersize=15,
+                result.rates, values, marker=".", color=colour, label=f"{result.over} {size}"
+            )
+            above.plot(
+                result.rates[best[size]], values[best[size]], "*", color=colour, markersize=15,
                 markeredgecolor="white", zorder=5,
             )  # fmt: skip
-            below.plot(result.steps, result.sharpness[regime][width], color=colour)
+            below.plot(result.steps, result.sharpness[regime][size], color=colour)
         title = (
-            f"{NAMES[regime]}: best rate × {result.drift(regime):g} over widths,\n"
+            f"{NAMES[regime]}: best rate × {result.drift(regime):g} over {result.over}s,\n"
             f"sharpness varies by {result.variation(regime, result.steps[-1] // 4):.0%}"
         )
         above.set_title(title, fontsize=10)
