@@ -411,6 +411,10 @@ def lab_icl(
 @lab.command("lr-transfer")
 def lab_lr_transfer(
     widths: Annotated[str, typer.Option(help="Of the networks, between commas.")] = "32,64,128,256",
+    depths: Annotated[
+        str | None,
+        typer.Option(help="Compare these instead, such as 2,4,8,16, at the first of the widths."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of each training of the rates.")] = 60,
     watched_steps: Annotated[
         int, typer.Option(min=1, help="Of the training along which the sharpness is taken.")
@@ -428,13 +432,13 @@ def lab_lr_transfer(
     from transom.papers.lens.lr_transfer import picture, sweep
 
     _threads(threads)
-    try:
-        chosen = [int(width) for width in widths.split(",")]
-    except ValueError:
-        raise SettingsError(f"--widths is {widths!r}; expected numbers such as 16,32,64") from None
+    chosen = _numbers("--widths", widths)
+    sizes = chosen if depths is None else _numbers("--depths", depths)
     with _Progress() as progress:
         found = sweep(
-            chosen,
+            sizes,
+            over="width" if depths is None else "depth",
+            width=chosen[0],
             steps=steps,
             watched_steps=watched_steps,
             depth=depth,
@@ -444,16 +448,23 @@ def lab_lr_transfer(
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("best rate", no_wrap=True)
-    for width in chosen:
-        table.add_column(f"width {width}", justify="right")
+    for size in sizes:
+        table.add_column(f"{found.over} {size}", justify="right")
     table.add_column("drift", justify="right")
     table.add_column("sharpness varies", justify="right")
     for regime in found.losses:
-        best = [f"{found.rates[found.best(regime)[width]]:g}" for width in chosen]
+        best = [f"{found.rates[found.best(regime)[size]]:g}" for size in sizes]
         varies = f"{found.variation(regime, watched_steps // 4):.0%}"
         table.add_row(regime, *best, f"{found.drift(regime):g}", varies)
     console.print(table)
     console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"{option} is {text!r}; expected numbers such as 16,32,64") from None
 
 
 app.add_typer(paper_commands, name="papers")
