@@ -18,6 +18,7 @@ import transom
 from transom.errors import SettingsError, TransomError
 from transom.gallery.commands import papers as paper_commands
 from transom.gallery.gallery_commands import app as gallery_commands
+from transom.lens.command import look
 from transom.measure.chair_command import chair
 
 app = typer.Typer(
@@ -314,45 +315,7 @@ def export(
     )
 
 
-@app.command()
-def look(
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    model: Annotated[str, typer.Option(help="As in compare.")],
-    lens: Annotated[
-        str, typer.Option(help="attention, rollout, fates, heads or sinks.")
-    ] = "attention",
-    method: Annotated[
-        str | None,
-        typer.Option(help="Fit it first, with settings if you like: 'tome:r=8'. Fates need one."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="safetensors file, or a checkpoint of tensors only.")
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option(help="Download the weights that go with the model's name.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights that are random and of patterns.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and page.")] = Path("transom-look"),
-) -> None:
-    """See where a model looks, where its tokens go, what its heads do.
-
-    Writes PNGs and one self-contained page LENS.html to --out, and prints the essentials.
-    """
-    from transom.lens.look import look as run
-    from transom.measure.models import create
-
-    _threads(threads)
-    built = create(model, weights=weights, pretrained=pretrained, seed=seed)
-    for entry in parse_methods(method) or []:
-        slug, settings = (entry, {}) if isinstance(entry, str) else entry
-        transom.apply(built, slug, **settings)
-    seen = run(built, images, lens, seed=seed)  # type: ignore[arg-type]
-    page = seen.save(out, f"{model}: {lens}")
-    for line in seen.summary:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"page: {page}", highlight=False, soft_wrap=True)
-
+app.command()(look)
 
 lab = typer.Typer(
     help="Small experiments on a CPU that show what a paper claims, and measures of a claim."

@@ -9,6 +9,7 @@ from transom.lens.drawing import Pixels, mark, montage, overlay
 from transom.lens.maps import Maps
 from transom.lens.seen import Look, with_panels
 
+CLIP = 0.98  # quantile of rollout that is brightest; single patches would hide all others
 SINK = 5.0  # times the mean attention that makes a sink
 
 
@@ -56,7 +57,10 @@ def rollout(maps: Maps, names: list[str], pixels: list[Pixels]) -> Look:
         )
     frames = [
         [
-            (f"up to layer {i}", montage([("", picture), ("rollout", overlay(picture, m))]))
+            (
+                f"up to layer {i}",
+                montage([("", picture), ("rollout", overlay(picture, m, clip=CLIP))]),
+            )
             for i, m in enumerate(seen[:, b])
         ]
         for b, picture in enumerate(pixels)

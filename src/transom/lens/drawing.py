@@ -40,14 +40,16 @@ def colours(count: int) -> NDArray[np.uint8]:
 
 
 def overlay(
-    picture: Pixels,
-    values: NDArray[Any],
-    strength: float = 0.65,
+    picture: Pixels, values: NDArray[Any], strength: float = 0.65, clip: float = 1.0
 ) -> Pixels:
-    """A map (h, w) as colours on a picture (H, W, 3); the largest value is brightest."""
+    """A map (h, w) as colours on a picture (H, W, 3); the largest value is brightest.
+
+    With a clip below 1 everything above that quantile is as bright as the quantile.
+    """
     from matplotlib import colormaps
 
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min()), float(np.quantile(values, clip))
+    values = values.clip(low, high)
     scaled = (values - low) / (high - low) if high > low else np.zeros(values.shape)
     height, width = picture.shape[:2]
     large = Image.fromarray((255 * scaled).astype(np.uint8))

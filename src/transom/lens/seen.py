@@ -25,7 +25,7 @@ EXPLAINED: dict[Lens, str] = {
     "attention": "Where each head looks: attention of the class token on the patches, or what "
     "patches get from all patches where there is no class token. First tile: mean of the heads.",
     "rollout": "Attention through all layers up to each one, half of it going straight on "
-    "(Abnar and Zuidema, 2020).",
+    "(Abnar and Zuidema, 2020). The brightest 2 % of the patches are shown alike.",
     "fates": "Patches that became one token share their mean colour and an outline; dropped "
     "patches are dark.",
     "heads": "Every head: what pruning it costs, how far it looks, which pattern it makes.",
