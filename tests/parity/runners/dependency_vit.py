@@ -61,8 +61,8 @@ def stack(golden: Golden) -> dict[str, Tensor]:
     golden.load(part)
     flow = Flow(golden.inputs["x"])
     for block in model.blocks:
-        flow = model.step(block, flow)
-    tokens = model.finish(flow)
+        flow = model.run(block, flow)
+    tokens = model.final(flow)
     return {
         "features": model.forward_head(tokens, pre_logits=True),
         "logits": model.forward_head(tokens),

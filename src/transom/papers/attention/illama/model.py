@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed, trunc_normal_
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from transom.errors import SettingsError, TokensError
+from transom.networks import Isotropic, rising
 from transom.papers.attention.illama.attention import Form, rotary, rotate, soft_causal
 
 Grid = tuple[int, int]
@@ -104,7 +103,7 @@ def resized(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return torch.cat([patches.to(table.dtype).flatten(2).mT, table[:, -1:]], 1)
 
 
-class ILLaMA(nn.Module):
+class ILLaMA(Isotropic):
     """A vision transformer made of the parts of a LLaMA, its class token at the end.
 
     Args:
@@ -131,6 +130,8 @@ class ILLaMA(nn.Module):
         SettingsError: a size does not fit another.
     """
 
+    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "")
+
     def __init__(
         self,
         img_size: int | Grid = 224,
@@ -153,7 +154,6 @@ class ILLaMA(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         if embed_dim % num_heads or embed_dim // num_heads % 2:
             raise SettingsError(
                 f"embed_dim is {embed_dim} and num_heads {num_heads}; expected heads of one even "
@@ -161,13 +161,15 @@ class ILLaMA(nn.Module):
             )
         if form not in ("after", "before"):
             raise SettingsError(f"form is {form!r}; expected 'after' or 'before' the softmax")
-        self.patch_size, self.num_classes = patch_size, num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
+            for i in range(depth)
+        ]
+        super().__init__(num_classes, global_pool, info)
+        self.patch_size = patch_size
         self.head_width, self.rope_base = embed_dim // num_heads, rope_base
         self.soft_mask_rate = soft_mask_rate
         self.num_prefix_tokens = 0
-        self.grad_checkpointing = False
-        self._check_pool(global_pool)
         self.grid = self._grid(img_size)
 
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
@@ -176,7 +178,7 @@ class ILLaMA(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, count, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         hidden = hidden_width(embed_dim, mlp_ratio, multiple_of)
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        rates = rising(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -189,18 +191,8 @@ class ILLaMA(nn.Module):
         )
         self.norm: nn.Module = RmsNorm(embed_dim, rms_eps)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._head()
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
-            for i in range(depth)
-        ]
+        self.reset_classifier(num_classes)
         self.init_weights()
-
-    def _head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        like = self.cls_token
-        return nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
 
     def _grid(self, size: int | Sequence[int]) -> Grid:
         h, w = (size, size) if isinstance(size, int) else size
@@ -209,11 +201,6 @@ class ILLaMA(nn.Module):
                 f"img_size is {size}; expected multiples of the patch, {self.patch_size} pixels"
             )
         return h // self.patch_size, w // self.patch_size
-
-    def _check_pool(self, global_pool: str) -> None:
-        if global_pool not in ("", "token", "avg"):
-            raise SettingsError(f"global_pool is {global_pool!r}; expected 'token', 'avg' or ''")
-        self.global_pool = global_pool
 
     def init_weights(self) -> None:
         """Truncated normal of 0.02 for linear layers, class token and positions; biases zero."""
@@ -233,21 +220,6 @@ class ILLaMA(nn.Module):
         """Patterns of parameter groups for layer decay."""
         stem = r"^cls_token|^pos_embed|^patch_embed"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head; 0 classes for none."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self._check_pool(global_pool)
-        self.head = self._head()
 
     def set_input_size(self, img_size: int | Grid) -> None:
         """Interpolate the position table to another image size, for good.
@@ -275,10 +247,7 @@ class ILLaMA(nn.Module):
         for i, path in enumerate(paths):
             path.drop_prob = rate * i / max(len(paths) - 1, 1)
 
-    def _run(
-        self, x: Tensor, stop: int | None = None, taken: dict[int, Tensor] | None = None
-    ) -> tuple[Tensor, Grid]:
-        """Tokens [patches, class] behind the last block wanted, and the grid of the patches."""
+    def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
         height, width = x.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise TokensError(
@@ -290,18 +259,20 @@ class ILLaMA(nn.Module):
         x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
         x = self.pos_drop(x + resized(self.pos_embed, self.grid, grid))
         table = rotary(x.shape[1], self.head_width, self.rope_base, x)
-        for i, block in enumerate(self.blocks[:stop]):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, table, self.soft_mask_rate)
-            else:
-                x = block(x, table, self.soft_mask_rate)
-            if taken is not None:
-                taken[i] = x
-        return x, grid
+        found = []
+        for i, block in enumerate(self.blocks[:count]):
+            x = self.run(block, x, table, self.soft_mask_rate)
+            if i in take:
+                found.append((x, grid))
+        return (x, grid), found
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) -> normed tokens (B, h w + 1, D), the class token last."""
-        return self.norm(self._run(x)[0])
+    def shown(self, x: Any, format: str) -> Tensor:
+        return super().shown((x[0][:, :-1], x[1]), format)
+
+    def prefix(self, x: Any) -> Tensor:
+        """The class token, which stands last."""
+        tokens: Tensor = x[0]
+        return tokens[:, -1:]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normed tokens -> logits; `pre_logits` stops before the head."""
@@ -311,66 +282,3 @@ class ILLaMA(nn.Module):
             x = x[:, :-1].mean(1)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) -> logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features behind some blocks.
-
-        Args:
-            x: image (B, C, H, W).
-            indices: the last n blocks if an integer, these if a list, all if None.
-            return_prefix_tokens: pair each with the class token, which is the last one here.
-            norm: apply the final norm.
-            stop_early: do not run the blocks behind the last one wanted.
-            output_fmt: "NCHW" maps or "NLC" tokens.
-            intermediates_only: give the list alone.
-
-        Raises:
-            SettingsError: the format is unknown.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        taken: dict[int, Tensor] = {}
-        out, grid = self._run(x, last + 1 if stop_early else None, taken)
-        found: list[Any] = []
-        for i in take:
-            y = self.norm(taken[i]) if norm else taken[i]
-            patches = y[:, :-1]
-            if output_fmt == "NCHW":
-                patches = patches.mT.unflatten(2, grid).contiguous()
-            found.append((patches, y[:, -1:]) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.norm(out), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks behind the last one wanted.
-
-        Args:
-            indices: as in :meth:`forward_intermediates`.
-            prune_norm: replace the final norm by the identity.
-            prune_head: drop the head.
-
-        Returns:
-            The blocks that are taken.
-        """
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return list(take)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from transom.errors import SettingsError
+from transom.networks import Staged, classifier, narrow, one_a_stage, rising
 from transom.papers.attention.rmt.attention import DWConv2d, Form, MaSA, RelPos, Tables
 
 Box = tuple[int, int, int, int]
@@ -80,7 +78,7 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks that share their tables. What comes behind them is called by the backbone."""
+    """Blocks that share their tables; the backbone runs them."""
 
     def __init__(self, relpos: RelPos, blocks: Sequence[RetBlock], form: Form) -> None:
         super().__init__()
@@ -88,17 +86,6 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample: nn.Module = nn.Identity()
         self.form = form
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, h, w, C)."""
-        tables = self.Relpos(x.shape[1], x.shape[2], self.form)
-        for block in self.blocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, tables, use_reentrant=False)
-            else:
-                x = block(x, tables)
-        return x
 
 
 class Stem(nn.Module):
@@ -118,7 +105,7 @@ class Stem(nn.Module):
         return y.permute(0, 2, 3, 1)
 
 
-class VisRetNet(nn.Module):
+class VisRetNet(Staged):
     """RMT.
 
     Args:
@@ -139,6 +126,7 @@ class VisRetNet(nn.Module):
 
     output_fmt = "NHWC"
     layers: Any  # nn.ModuleList of Stage
+    aux_head: nn.Module | None
 
     def __init__(
         self,
@@ -159,34 +147,28 @@ class VisRetNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         count = len(embed_dims)
-        for name, values in (
-            ("depths", depths),
-            ("num_heads", num_heads),
-            ("init_values", init_values),
-            ("heads_ranges", heads_ranges),
-            ("mlp_ratios", mlp_ratios),
-            ("decomposed", decomposed),
-            ("layerscales", layerscales),
-        ):
-            if len(values) != count:
-                raise SettingsError(
-                    f"{name} is {values!r}; expected {count} values, one a stage of embed_dims"
-                )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.global_pool = _pool(global_pool)
-        self.token_label = token_label
-        self.num_features = embed_dims[-1]
-        self.head_hidden_size = projection
-        self.feature_info = [
+        one_a_stage(
+            count,
+            depths=depths,
+            num_heads=num_heads,
+            init_values=init_values,
+            heads_ranges=heads_ranges,
+            mlp_ratios=mlp_ratios,
+            decomposed=decomposed,
+            layerscales=layerscales,
+        )
+        info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}"}
             for i, dim in enumerate(embed_dims)
         ]
+        super().__init__(num_classes, global_pool, info)
+        self.in_chans = in_chans
+        self.token_label = token_label
+        self.head_hidden_size = projection
 
         self.patch_embed = Stem(in_chans, embed_dims[0])
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = rising(drop_path_rate, sum(depths))
         self.layers = nn.ModuleList()
         for i, dim in enumerate(embed_dims):
             hidden = int(dim * mlp_ratios[i])
@@ -204,12 +186,8 @@ class VisRetNet(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(projection)
         self.swish: nn.Module = nn.SiLU()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier(projection)
-        self.aux_head = self._classifier(self.num_features) if token_label else None
-        self.apply(_initialise)
-
-    def _classifier(self, width: int) -> nn.Module:
-        return nn.Linear(width, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside those of one dimension."""
@@ -224,93 +202,41 @@ class VisRetNet(nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+    def heads(self) -> dict[str, nn.Module | None]:
+        aux = classifier(self.num_features, self.num_classes) if self.token_label else None
+        return {**super().heads(), "aux_head": aux}
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        return self._stages(self.patch_embed(x), count, take)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another classifier, untrained; none for 0 classes."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _pool(global_pool)
-        like = next(self.parameters())
-        self.head = self._classifier(self.head_hidden_size).to(like)
-        if self.aux_head is not None:
-            self.aux_head = self._classifier(self.num_features).to(like)
-        for head in (self.head, self.aux_head):
-            if head is not None:
-                head.apply(_initialise)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps behind the stages, and the features behind the last.
-
-        Args:
-            x: images (B, 3, H, W).
-            indices: stages by number, the last so many, or all for None.
-            norm: without effect; stages end without a norm.
-            stop_early: leave stages out that are not asked for.
-            output_fmt: of the maps: "NCHW" or "NHWC".
-            intermediates_only: return the list of maps alone.
-
-        Returns:
-            (features (B, h, w, C), maps), or the maps.
-
-        Raises:
-            SettingsError: the format is not known.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NHWC'")
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        maps: list[Tensor] = []
-        x = self.patch_embed(x)
-        count = last + 1 if stop_early else len(self.layers)
-        for i, stage in enumerate(self.layers):
-            if i == count:
-                break
-            x = stage(x)
-            if i in wanted:
-                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+    def _stages(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
+        for i, stage in enumerate(self.layers[:count]):
+            tables = stage.Relpos(x.shape[1], x.shape[2], stage.form)
+            for block in stage.blocks:
+                x = self.run(block, x, tables)
+            if i in take:
+                found.append(x)
             if i + 1 < count:
                 x = stage.downsample(x)
-        return maps if intermediates_only else (x, maps)
+        return x, found
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` does not need for these indices."""
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        shorter = last + 1 < len(self.layers)
-        self.layers = self.layers[: last + 1]
-        self.layers[last].downsample = nn.Identity()
-        if prune_head or shorter:
-            # the projection belongs to the classifier and to the width of the last stage
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.proj, self.norm, self.swish = nn.Identity(), nn.Identity(), nn.Identity()
-            self.token_label, self.aux_head = False, None
-            self.reset_classifier(0, "")
-        return list(wanted)
+    def cut(self, count: int) -> None:
+        self.layers = self.layers[:count]
+        self.layers[-1].downsample = nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Maps (B, h, w, C) behind the last stage for images (B, 3, H, W)."""
-        return self._stages(self.patch_embed(x))
+    def drop_norm(self) -> None:
+        """The stages end without a norm."""
 
-    def _stages(self, x: Tensor) -> Tensor:
-        for stage in self.layers:
-            x = stage.downsample(stage(x))
-        return x
+    def drop_head(self) -> None:
+        """The projection belongs to the classifier and to the width of the last stage."""
+        self.proj, self.norm, self.swish = nn.Identity(), nn.Identity(), nn.Identity()
+        self.token_label = False
+        super().drop_head()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, K) of the features (B, h, w, C), or what the classifier sees of them."""
@@ -331,7 +257,7 @@ class VisRetNet(nn.Module):
             return self.forward_head(self.forward_features(x))
         x = self.patch_embed(x)
         box = mixing_box(x.shape[1] // _BOX_GRID, x.shape[2] // _BOX_GRID)
-        x = self._stages(exchanged(x, box, _BOX_GRID))
+        x, _ = self._stages(exchanged(x, box, _BOX_GRID), len(self.layers))
         aux = exchanged(self.aux_head(x), box)
         return self.forward_head(x), aux.flatten(1, 2), box
 
@@ -366,19 +292,6 @@ def exchanged(x: Tensor, box: Box, grid: int = 1) -> Tensor:
     columns = torch.arange(x.shape[2], device=x.device)
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
     return torch.where(inside[:, :, None], x.flip(0), x)
-
-
-def _pool(name: str) -> str:
-    if name not in ("avg", ""):
-        raise SettingsError(f"global_pool is {name!r}; expected 'avg' or ''")
-    return name
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SqueezeExcite, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transom.errors import SettingsError
+from transom.networks import Staged, one_a_stage
 from transom.ops import token_norm
 from transom.papers.attention.shvit.attention import SHSA, ConvBN, affine
 
@@ -122,7 +121,7 @@ def _around(dim: int) -> nn.Sequential:
     return nn.Sequential(Residual(ConvBN(dim, dim, 3, groups=dim)), Residual(FFN(dim, 2 * dim)))
 
 
-class SHViT(nn.Module):
+class SHViT(Staged):
     """SHViT.
 
     Args:
@@ -135,6 +134,10 @@ class SHViT(nn.Module):
     Raises:
         SettingsError: the settings of the stages do not fit each other.
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("NCHW",)
+
+    head_dist: nn.Module | None
 
     def __init__(
         self,
@@ -149,25 +152,16 @@ class SHViT(nn.Module):
         distillation: bool = False,
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        for name, values in (
-            ("embed_dim", embed_dim),
-            ("partial_dim", partial_dim),
-            ("qk_dim", qk_dim),
-            ("depth", depth),
-            ("types", types),
-        ):
-            if len(values) != 3:
-                raise SettingsError(f"{name} is {values!r}; expected 3 values, one a stage")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.distillation = distillation
-        self.global_pool = _pool(global_pool, num_classes)
-        self.grad_checkpointing = False
-        self.feature_info = [
+        one_a_stage(
+            3, embed_dim=embed_dim, partial_dim=partial_dim, qk_dim=qk_dim, depth=depth, types=types
+        )
+        info = [
             {"num_chs": dim, "reduction": 16 * 2**i, "module": f"blocks{i + 1}"}
             for i, dim in enumerate(embed_dim)
         ]
+        super().__init__(num_classes, global_pool, info)
+        self.in_chans = in_chans
+        self.distillation = distillation
 
         stem = embed_dim[0]
         widths = (in_chans, stem // 8, stem // 4, stem // 2, stem)
@@ -184,113 +178,57 @@ class SHViT(nn.Module):
             parts += [BasicBlock(dim, qk_dim[i], partial_dim[i], types[i]) for _ in range(depth[i])]
             stages.append(nn.Sequential(*parts))
         self.blocks1, self.blocks2, self.blocks3 = stages
-        self.num_features = self.head_hidden_size = embed_dim[-1]
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier()
-        self.head_dist = self._classifier() if distillation else None
+        self.reset_classifier(num_classes)
 
-    def _classifier(self) -> nn.Module:
-        if self.num_classes <= 0:
-            return nn.Identity()
-        return BNLinear(self.head_hidden_size, self.num_classes)
+    def check_pool(self, name: str, num_classes: int) -> None:
+        super().check_pool(name, num_classes)
+        if not name and num_classes > 0:
+            raise SettingsError(
+                f"global_pool is '' with {num_classes} classes; the classifier sees pooled "
+                "features only, so expected 'avg', or 0 classes"
+            )
 
-    @property
-    def stages(self) -> list[Any]:
-        """The stages that are there, each an nn.Sequential."""
-        return [getattr(self, info["module"]) for info in self.feature_info]
+    def heads(self) -> dict[str, nn.Module | None]:
+        def head() -> nn.Module:
+            if self.num_classes <= 0:
+                return nn.Identity()
+            return BNLinear(self.head_hidden_size, self.num_classes)
+
+        return {"head": head(), "head_dist": head() if self.distillation else None}
+
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        x = self.patch_embed(x)
+        found = []
+        own: Any = self
+        for i, info in enumerate(self.feature_info[:count]):
+            for block in getattr(own, info["module"]):
+                x = self.run(block, x)
+            if i in take:
+                found.append(x)
+        return x, found
+
+    def cut(self, count: int) -> None:
+        for info in self.feature_info[count:]:
+            delattr(self, info["module"])
+
+    def drop_head(self) -> None:
+        """Without the head there is nothing to distil into either."""
+        self.distillation = False
+        super().drop_head()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem, blocks and head."""
         blocks = r"^blocks(\d+)" if coarse else [(r"^blocks(\d+)\.(\d+)", None)]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def get_classifier(self) -> Any:
         """The last linear layer, or both of them with distillation."""
         if self.head_dist is None:
             return getattr(self.head, "l", self.head)
         return getattr(self.head, "l", self.head), getattr(self.head_dist, "l", self.head_dist)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another classifier, untrained; none for 0 classes.
-
-        Raises:
-            SettingsError: classes are wanted, but no pooling.
-        """
-        pool = self.global_pool if global_pool is None else global_pool
-        self.global_pool = _pool(pool, num_classes)
-        self.num_classes = num_classes
-        like = next(self.parameters())
-        self.head = self._classifier().to(like).train(self.training)
-        if self.head_dist is not None:
-            self.head_dist = self._classifier().to(like).train(self.training)
-
-    def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        for block in stage:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
-        return x
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps behind the stages, and the features behind the last.
-
-        Args:
-            x: images (B, 3, H, W).
-            indices: stages by number, the last so many, or all for None.
-            norm: without effect; stages end without a norm.
-            stop_early: leave stages out that are not asked for.
-            output_fmt: of the maps: "NCHW".
-            intermediates_only: return the list of maps alone.
-
-        Returns:
-            (features (B, C, h, w), maps), or the maps.
-
-        Raises:
-            SettingsError: the format is not "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW'")
-        stages = self.stages
-        wanted, last = feature_take_indices(len(stages), indices)
-        maps: list[Tensor] = []
-        x = self.patch_embed(x)
-        for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
-            x = self._stage(stage, x)
-            if i in wanted:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` does not need for these indices."""
-        wanted, last = feature_take_indices(len(self.feature_info), indices)
-        shorter = last + 1 < len(self.feature_info)
-        for info in self.feature_info[last + 1 :]:
-            delattr(self, info["module"])
-        self.feature_info = self.feature_info[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shorter:
-            self.head_dist = None
-            self.reset_classifier(0, "")
-        return list(wanted)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Maps (B, C, h, w) behind the last stage for images (B, 3, H, W)."""
-        x = self.patch_embed(x)
-        for stage in self.stages:
-            x = self._stage(stage, x)
-        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Logits (B, K) of the features (B, C, h, w), or what the classifier sees of them."""
@@ -301,9 +239,6 @@ class SHViT(nn.Module):
             return x if pre_logits else self.head(x)
         one, two = self.head(x), self.head_dist(x)
         return (one, two) if self.training else (one + two) / 2
-
-    def forward(self, x: Tensor) -> Any:
-        return self.forward_head(self.forward_features(x))
 
     @torch.no_grad()
     def fuse(self) -> SHViT:
@@ -325,17 +260,6 @@ def _fuse(module: nn.Module) -> None:
             child = child.fuse()
             setattr(module, name, child)
         _fuse(child)
-
-
-def _pool(name: str, num_classes: int) -> str:
-    if name not in ("avg", ""):
-        raise SettingsError(f"global_pool is {name!r}; expected 'avg' or ''")
-    if not name and num_classes > 0:
-        raise SettingsError(
-            f"global_pool is '' with {num_classes} classes; the classifier sees pooled features "
-            "only, so expected 'avg', or 0 classes"
-        )
-    return name
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, to_2tuple
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import narrow, rising
 from transom.papers.attention.slab.attention import (
     depthwise,
     linear_attention,
@@ -19,7 +20,7 @@ from transom.papers.attention.slab.attention import (
     resized_table,
 )
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid, rising
+from transom.papers.attention.slab.pyramid import Pyramid
 from transom.papers.attention.slab.swin import unwindowed, windows
 
 Size = tuple[int, int]
@@ -254,9 +255,9 @@ class SlabCSWin(Pyramid):
                 f"{attn_type!r} do not agree; expected one number, one number and L or S a stage"
             )
         widths = [embed_dim * 2**i for i in range(count)]
-        super().__init__(widths, [f"stage{i + 1}" for i in range(count)], num_classes, drop_rate)
+        names = [f"stage{i + 1}" for i in range(count)]
+        super().__init__(widths, names, num_classes, global_pool, drop_rate)
         norm = norm_layer or partial(progressive, ln_eps=1e-5, total_step=total_step)
-        self.global_pool = global_pool
         self.split_size = None if split_size is None else tuple(split_size)
         self._measure(to_2tuple(img_size), count)
         self.stage1_conv_embed = ConvEmbed(in_chans, embed_dim, norm)
@@ -284,8 +285,8 @@ class SlabCSWin(Pyramid):
             if i < count - 1:
                 self.add_module(f"merge{i + 1}", MergeBlock(dim, norm))
         self.norm = norm(widths[-1])
-        self.head = self.classifier(num_classes)
-        self.init_weights()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
 
     def _measure(self, size: Size, count: int) -> None:
         """Maps and stripes of the stages at a size of the images."""
@@ -312,8 +313,10 @@ class SlabCSWin(Pyramid):
                 for attend in block.attns:
                     attend.set_grid(grid, width)
 
-    def stages(self, x: Tensor, count: int) -> list[Tensor]:
-        maps: list[Tensor] = []
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
         own: Any = self
         x = self.stage1_conv_embed(x)
         for i in range(count):
@@ -321,8 +324,12 @@ class SlabCSWin(Pyramid):
                 x = getattr(own, f"merge{i}")(x, self.grids[i - 1])
             for block in getattr(own, f"stage{i + 1}"):
                 x = self.run(block, x)
-            maps.append(x.unflatten(1, self.grids[i]))
-        return maps
+            last = x.unflatten(1, self.grids[i])
+            if i in take:
+                found.append(last)
+        return last, found
 
-    def last(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+    def cut(self, count: int) -> None:
+        for i in range(count, len(self.feature_info)):
+            delattr(self, f"merge{i}")
+            delattr(self, f"stage{i + 1}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import narrow, rising
 from transom.papers.attention.slab.attention import (
     depthwise,
     linear_attention,
@@ -19,7 +20,7 @@ from transom.papers.attention.slab.attention import (
     resized_table,
 )
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid, rising
+from transom.papers.attention.slab.pyramid import Pyramid
 
 Size = tuple[int, int]
 Make = Callable[[int], nn.Module]
@@ -208,11 +209,9 @@ class SlabPVT(Pyramid):
                 f"depths, num_heads, mlp_ratios, sr_ratios and attn_type are {given}; expected one "
                 f"of each for every one of the {count} stages, and L or S for the attention"
             )
-        super().__init__(
-            embed_dims, [f"block{i + 1}" for i in range(count)], num_classes, drop_rate
-        )
+        names = [f"block{i + 1}" for i in range(count)]
+        super().__init__(embed_dims, names, num_classes, global_pool, drop_rate)
         norm = norm_layer or partial(progressive, ln_eps=1e-6, total_step=total_step)
-        self.global_pool = global_pool
         self.patch_size = patch_size
         self.sr_ratios = tuple(sr_ratios)
         self.pos_drop = nn.Dropout(proj_drop_rate)
@@ -245,8 +244,8 @@ class SlabPVT(Pyramid):
             self.add_module(f"patch_embed{i + 1}", embed)
             self.register_parameter(f"pos_embed{i + 1}", table)
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
-        self.head = self.classifier(num_classes)
-        self.init_weights()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
 
     def _measure(self, size: Size) -> None:
         """Maps of the stages at a size of the images."""
@@ -282,14 +281,23 @@ class SlabPVT(Pyramid):
             for block in blocks:
                 block.attn.set_grid(new)
 
-    def stages(self, x: Tensor, count: int) -> list[Tensor]:
-        maps: list[Tensor] = []
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
+        own: Any = self
         for i in range(1, count + 1):
-            own: Any = self
             x = getattr(own, f"patch_embed{i}")(x)
             x = self.pos_drop(x + getattr(own, f"pos_embed{i}"))
             for block in getattr(own, f"block{i}"):
                 x = self.run(block, x)
-            maps.append(x.unflatten(1, self.grids[i - 1]))
-            x = maps[-1].permute(0, 3, 1, 2)
-        return maps
+            last = x.unflatten(1, self.grids[i - 1])
+            if i - 1 in take:
+                found.append(last)
+            x = last.permute(0, 3, 1, 2)
+        return last, found
+
+    def cut(self, count: int) -> None:
+        for i in range(count, len(self.feature_info)):
+            for part in ("patch_embed", "pos_embed", "block"):
+                delattr(self, f"{part}{i + 1}")

@@ -7,7 +7,7 @@ stage does not see its 14 x 14 map at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,9 +17,10 @@ from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import narrow, rising
 from transom.papers.attention.slab.attention import SimplifiedLinearAttention
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid, rising
+from transom.papers.attention.slab.pyramid import Pyramid
 
 Size = tuple[int, int]
 
@@ -326,9 +327,9 @@ class SlabSwin(Pyramid):
                 f"{attn_type!r} do not agree; expected one number, one number and L or S a stage"
             )
         widths = [embed_dim * 2**i for i in range(count)]
-        super().__init__(widths, [f"layers.{i}" for i in range(count)], num_classes, drop_rate)
+        names = [f"layers.{i}" for i in range(count)]
+        super().__init__(widths, names, num_classes, global_pool, drop_rate)
         norm = norm_layer or partial(progressive, ln_eps=1e-5, total_step=total_step)
-        self.global_pool = global_pool
         self.attn_type = attn_type
         self.given = (linear_window, softmax_window)
         self.patch_embed = PatchEmbed(
@@ -359,8 +360,8 @@ class SlabSwin(Pyramid):
             layers.append(SwinStage(blocks, PatchMerging(width, norm) if i < count - 1 else None))
         self.layers = nn.ModuleList(layers)
         self.norm = norm(widths[-1])
-        self.head = self.classifier(num_classes)
-        self.init_weights()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
 
     def _measure(self) -> None:
         """Maps of the stages at the current size of the images."""
@@ -394,22 +395,26 @@ class SlabSwin(Pyramid):
             for block in stage.blocks:
                 block.set_grid(self.grids[i], self._window(i))
 
-    def stages(self, x: Tensor, count: int) -> list[Tensor]:
-        maps = []
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
         x = self.patch_embed(x)
-        for i, layer in enumerate(self.layers):
-            if i >= count:
-                break
+        for i, layer in enumerate(self.layers[:count]):
             stage: Any = layer
             for block in stage.blocks:
                 x = self.run(block, x)
-            maps.append(x.unflatten(1, self.grids[i]))
-            if stage.downsample is not None and i + 1 < count:
+            last = x.unflatten(1, self.grids[i])
+            if i in take:
+                found.append(last)
+            if i + 1 < count:
                 x = stage.downsample(x, self.grids[i])
-        return maps
+        return last, found
 
-    def last(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+    def cut(self, count: int) -> None:
+        self.layers = self.layers[:count]
+        last: Any = self.layers[-1]
+        last.downsample = None
 
 
 def _without_device(norm: Callable[[int], nn.Module]) -> Callable[..., nn.Module]:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import Staged, classifier, fan_out, narrow, one_a_stage, rising
 from transom.papers.attention.spectformer.gate import Grid, SpectralGate
-from transom.papers.attention.spectformer.isotropic import (
-    classifier,
-    drop_rates,
-    init_weights,
-    norm_layer,
-)
+from transom.papers.attention.spectformer.isotropic import norm_layer
 
 
 class Attention(nn.Module):
@@ -141,14 +135,17 @@ class Downsample(nn.Module):
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class HierarchicalSpectFormer(nn.Module):
+class HierarchicalSpectFormer(Staged):
     """Four stages at strides 4, 8, 16 and 32, and a block of class attention.
 
     Attributes:
         num_features: width of the last stage.
         feature_info: of every stage, for `features_only`.
-        stages: how many there are; fewer than 4 once pruned.
     """
+
+    pools: ClassVar[tuple[str, ...]] = ("token", "")
+
+    aux_head: nn.Module | None
 
     def __init__(
         self,
@@ -186,23 +183,17 @@ class HierarchicalSpectFormer(nn.Module):
         Raises:
             SettingsError: a sequence does not have one entry a stage.
         """
-        super().__init__()
-        for name, given in (
-            ("embed_dims", embed_dims),
-            ("num_heads", num_heads),
-            ("mlp_ratios", mlp_ratios),
-            ("depths", depths),
-        ):
-            if len(given) != 4:
-                raise SettingsError(f"{name} is {given!r}; expected 4 numbers, one a stage")
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        one_a_stage(
+            4, embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, depths=depths
+        )
+        info = [
+            {"num_chs": dim, "reduction": 4 * 2**k, "module": f"norm{k + 1}"}
+            for k, dim in enumerate(embed_dims)
+        ]
+        super().__init__(num_classes, global_pool, info)
         self.token_label = token_label
-        self.grad_checkpointing = False
-        self.stages = len(depths)
         self.patch_embed1 = Stem(in_chans, stem_hidden_dim, embed_dims[0])
-        rates = iter(drop_rates(drop_path_rate, sum(depths)))
+        rates = iter(rising(drop_path_rate, sum(depths)))
         for k, (dim, grid) in enumerate(zip(embed_dims, _grids(img_size), strict=True)):
             if k:
                 setattr(self, f"patch_embed{k + 1}", Downsample(embed_dims[k - 1], dim))
@@ -223,18 +214,9 @@ class HierarchicalSpectFormer(nn.Module):
             [ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1])]
         )
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = classifier(self.num_features, num_classes)
-        self.aux_head = classifier(self.num_features, num_classes) if token_label else None
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**k, "module": f"norm{k + 1}"}
-            for k, dim in enumerate(embed_dims)
-        ]
-        self.apply(init_weights)
-        self.apply(_init_convolution)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return set()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
+        self.apply(fan_out)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stages (coarse) or blocks."""
@@ -249,41 +231,33 @@ class HierarchicalSpectFormer(nn.Module):
         ]
         return {"stem": r"^patch_embed1", "blocks": [*within, last]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head of the first token."""
-        return self.head
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: Literal["token", ""] | None = None
-    ) -> None:
-        """Give the model new heads."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        like = next(self.parameters())
-        self.head = classifier(self.num_features, num_classes).to(like)
-        if self.token_label:
-            self.aux_head = classifier(self.num_features, num_classes).to(like)
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the filters those of another image size, in pixels."""
-        for k, grid in enumerate(_grids(img_size)[: self.stages]):
+        for k, grid in enumerate(_grids(img_size)[: len(self.feature_info)]):
             for block in getattr(self, f"block{k + 1}"):
                 if isinstance(block.attn, SpectralGate):
                     block.attn.resize(grid)
 
-    def _stage(self, k: int, x: Tensor) -> Tensor:
-        """The map behind the blocks of stage k + 1, before its norm."""
-        x = getattr(self, f"patch_embed{k + 1}")(x)
-        for block in getattr(self, f"block{k + 1}"):
-            run: Callable[..., Tensor] = block
-            x = checkpoint(block, x) if self.grad_checkpointing else run(x)
-        return x
+    def heads(self) -> dict[str, nn.Module | None]:
+        aux = classifier(self.num_features, self.num_classes) if self.token_label else None
+        return {**super().heads(), "aux_head": aux}
 
-    def _collect(self, x: Tensor) -> Tensor:
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
+        own: Any = self
+        for k in range(1, count + 1):
+            x = getattr(own, f"patch_embed{k}")(x)
+            for block in getattr(own, f"block{k}"):
+                x = self.run(block, x)
+            if k < 4:  # the norm of the last stage stands behind class attention
+                x = getattr(own, f"norm{k}")(x)
+            if k - 1 in take:
+                found.append(x)
+        return x, found
+
+    def final(self, x: Any) -> Any:
         """Tokens (B, 1 + N, D) behind class attention, from the map of the last stage."""
         x = x.flatten(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1)
@@ -291,69 +265,23 @@ class HierarchicalSpectFormer(nn.Module):
             x = block(x)
         return self.norm4(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps behind chosen stages; those of the first three are normed in any case.
+    def normed(self, x: Any, unit: int) -> Any:
+        return self.norm4(x) if unit == 3 else x
 
-        Args:
-            x: (B, 3, H, W) images.
-            indices: the last so many stages, or which; None for all.
-            norm: put the norm of the last stage over its map.
-            stop_early: do not run the stages behind the last chosen one.
-            output_fmt: maps (B, D, h, w); there is no other.
-            intermediates_only: leave the final features away.
-
-        Returns:
-            The final features (B, 1 + N, D), or the map where it stopped, and the list; or the
-            list.
-
-        Raises:
-            SettingsError: another output format is asked for.
-        """
-        if output_fmt != "NCHW":
-            raise SettingsError(f"output_fmt is {output_fmt!r}; this model has maps, 'NCHW'")
-        chosen, last = feature_take_indices(self.stages, indices)
-        found, stop = [], (last + 1 if stop_early else self.stages)
-        for k in range(stop):
-            x = self._stage(k, x)
-            final = k == 3
-            y = getattr(self, f"norm{k + 1}")(x) if norm or not final else x
-            if k in chosen:
-                found.append(y.permute(0, 3, 1, 2))
-            x = x if final else y
-        if intermediates_only:
-            return found
-        return (self._collect(x) if stop == 4 else x), found
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what maps behind chosen stages do not need; returns their indices."""
-        chosen, last = feature_take_indices(self.stages, indices)
-        for k in range(last + 1, self.stages):
+    def cut(self, count: int) -> None:
+        for k in range(count, len(self.feature_info)):
             for part in ("patch_embed", "block", "norm"):
                 delattr(self, f"{part}{k + 1}")
-        self.stages = last + 1
-        if prune_norm and self.stages == 4:
-            self.norm4 = nn.Identity()
-        if prune_head:
-            self.post_network = nn.ModuleList()
-            self.reset_classifier(0, "")
-        return chosen
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens (B, 1 + N, D) behind the final norm; the first has attended to the others."""
-        for k in range(self.stages):
-            x = self._stage(k, x)
-            x = getattr(self, f"norm{k + 1}")(x) if k < 3 else x
-        return self._collect(x)
+    def drop_norm(self) -> None:
+        if len(self.feature_info) == 4:
+            self.norm4 = nn.Identity()
+
+    def drop_head(self) -> None:
+        """Class attention is a part of the head."""
+        self.post_network = nn.ModuleList()
+        self.token_label = False
+        super().drop_head()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, K) from tokens, or the features of the first token (B, D)."""
@@ -367,20 +295,8 @@ class HierarchicalSpectFormer(nn.Module):
             return logits
         return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
-
 
 def _grids(img_size: int | tuple[int, int]) -> list[Grid]:
     """(h, w) of each stage."""
     h, w = to_2tuple(img_size)
     return [(math.ceil(h / s), math.ceil(w / s)) for s in (4, 8, 16, 32)]
-
-
-def _init_convolution(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -15,11 +15,10 @@ from timm.layers import (
     resample_abs_pos_embed,
     trunc_normal_,
 )
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import Isotropic, narrow, rising
 from transom.papers.attention.spectformer.gate import Grid, SpectralGate, resized
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -71,7 +70,7 @@ class AttentionBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class IsotropicSpectFormer(nn.Module):
+class IsotropicSpectFormer(Isotropic):
     """Patches, learned positions, spectral blocks, attention blocks, norm, mean, head.
 
     Attributes:
@@ -115,7 +114,6 @@ class IsotropicSpectFormer(nn.Module):
         Raises:
             SettingsError: the heads do not divide the width, or alpha exceeds the depth.
         """
-        super().__init__()
         if not 0 <= alpha <= depth:
             raise SettingsError(f"alpha is {alpha}; expected 0 to {depth}, the depth of the model")
         if embed_dim % num_heads:
@@ -123,16 +121,17 @@ class IsotropicSpectFormer(nn.Module):
                 f"{num_heads} heads do not divide a width of {embed_dim}; choose num_heads or "
                 "embed_dim so that they do"
             )
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.grad_checkpointing = False
+        info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
+            for i in range(depth)
+        ]
+        super().__init__(num_classes, global_pool, info)
         self.patch_embed = PatchEmbed(
             img_size, patch_size, in_chans, embed_dim, strict_img_size=False
         )
         grid = self.patch_embed.grid_size
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
-        rates = drop_rates(drop_path_rate, depth)
+        rates = rising(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             SpectralBlock(embed_dim, grid, mlp_ratio, proj_drop_rate, rate)
             if i < alpha
@@ -141,13 +140,9 @@ class IsotropicSpectFormer(nn.Module):
         )
         self.norm: nn.Module = norm_layer(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = classifier(embed_dim, num_classes)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
-            for i in range(depth)
-        ]
+        self.reset_classifier(num_classes)
         trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(init_weights)
+        self.apply(narrow)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed."""
@@ -159,22 +154,6 @@ class IsotropicSpectFormer(nn.Module):
             "stem": r"^pos_embed|patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: Literal["avg", ""] | None = None
-    ) -> None:
-        """Give the model a new head."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head = classifier(self.embed_dim, num_classes).to(self.pos_embed)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make positions and filters those of another image size, in pixels."""
@@ -192,90 +171,14 @@ class IsotropicSpectFormer(nn.Module):
         positions = resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, 0)
         return self.patch_embed(x) + positions, grid
 
-    def _step(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        run: Callable[..., Tensor] = block
-        return checkpoint(block, x, grid) if self.grad_checkpointing else run(x, grid)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features behind chosen blocks.
-
-        Args:
-            x: (B, 3, H, W) images.
-            indices: the last so many blocks, or which; None for all.
-            norm: put the final norm over them.
-            stop_early: do not run the blocks behind the last chosen one.
-            output_fmt: maps (B, D, h, w) or tokens (B, N, D).
-            intermediates_only: leave the final features away.
-
-        Returns:
-            The final features (B, N, D) and the list, or the list.
-        """
-        chosen, last = feature_take_indices(len(self.blocks), indices)
+    def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
         x, grid = self._embed(x)
         found = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            x = self._step(block, x, grid)
-            if i in chosen:
-                y = self.norm(x) if norm else x
-                found.append(y.mT.unflatten(-1, grid) if output_fmt == "NCHW" else y)
-        return found if intermediates_only else (self.norm(x), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what features behind chosen blocks do not need; returns their indices."""
-        chosen, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return chosen
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) behind the final norm."""
-        x, grid = self._embed(x)
-        for block in self.blocks:
-            x = self._step(block, x, grid)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K) from tokens, or pooled features (B, D)."""
-        x = x.mean(1) if self.global_pool == "avg" else x
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
-
-
-def drop_rates(last: float, depth: int) -> list[float]:
-    """Rates of stochastic depth that grow linearly from 0."""
-    return [last * i / max(depth - 1, 1) for i in range(depth)]
-
-
-def classifier(width: int, classes: int) -> nn.Module:
-    """A head, or nothing for 0 classes."""
-    return nn.Linear(width, classes) if classes else nn.Identity()
-
-
-def init_weights(module: nn.Module) -> None:
-    """Linear layers as in ViT; filters draw their own weights."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for i, block in enumerate(self.blocks[:count]):
+            x = self.run(block, x, grid)
+            if i in take:
+                found.append((x, grid))
+        return (x, grid), found
 
 
 def fitted_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

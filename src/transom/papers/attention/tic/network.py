@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Collection
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import Staged, fan_out, narrow, one_a_stage, rising
 from transom.papers.attention.tic.operator import MSAConv2d
 
 
@@ -52,30 +50,24 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Half of height and width but in the first stage, then blocks."""
+    """Half of height and width but in the first stage, then blocks; the network runs both."""
 
     def __init__(self, dim: int, out: int, blocks: list[Block]) -> None:
         super().__init__()
         halves = nn.Sequential(LayerNorm2d(dim), nn.Conv2d(dim, out, 3, 2, 1))
         self.downsample = nn.Identity() if dim == out else halves
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            run: Callable[..., Tensor] = block
-            x = checkpoint(block, x) if self.grad_checkpointing else run(x)
-        return x
 
 
-class TiCNet(nn.Module):
+class TiCNet(Staged):
     """Stem of stride 4, four stages, norm, mean, head; images of any size.
 
     Attributes:
         num_features: channels of the last stage.
         feature_info: of every stage, for `features_only`.
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("NCHW",)
 
     def __init__(
         self,
@@ -109,17 +101,14 @@ class TiCNet(nn.Module):
         Raises:
             SettingsError: sequences differ in length, or widths do not grow.
         """
-        super().__init__()
-        if not len(embed_dims) == len(depths) == len(num_heads):
-            raise SettingsError(
-                f"embed_dims, depths and num_heads have {len(embed_dims)}, {len(depths)} and "
-                f"{len(num_heads)} numbers; expected one for each stage"
-            )
+        one_a_stage(len(embed_dims), depths=depths, num_heads=num_heads)
         if any(b <= a for a, b in pairwise(embed_dims)):
             raise SettingsError(f"embed_dims is {embed_dims!r}; expected numbers that grow")
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        info = [
+            {"num_chs": dim, "reduction": 4 * 2**k, "module": f"stages.{k}"}
+            for k, dim in enumerate(embed_dims)
+        ]
+        super().__init__(num_classes, global_pool, info)
         stem = embed_dims[0]
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, stem // 2, 3, 2, 1),
@@ -127,8 +116,7 @@ class TiCNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(stem // 2, stem, 3, 2, 1),
         )
-        total = sum(depths)
-        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
+        rates = iter(rising(drop_path_rate, sum(depths)))
         stages = []
         for k, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
             blocks = [
@@ -146,16 +134,9 @@ class TiCNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm: nn.Module = LayerNorm2d(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = _classifier(self.num_features, num_classes)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**k, "module": f"stages.{k}"}
-            for k, dim in enumerate(embed_dims)
-        ]
-        self.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return set()
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
+        self.apply(fan_out)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stages (coarse) or blocks."""
@@ -166,102 +147,25 @@ class TiCNet(nn.Module):
         each = (r"^stages\.(\d+)\.blocks\.(\d+)", None)
         return {"stem": r"^stem", "blocks": [halves, each, norm]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        for stage in self.stages.children():
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: Literal["avg", ""] | None = None
-    ) -> None:
-        """Give the model a new head."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        like = next(self.parameters())
-        self.head = _classifier(self.num_features, num_classes).to(like)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps behind chosen stages.
-
-        Args:
-            x: (B, 3, H, W) images.
-            indices: the last so many stages, or which; None for all.
-            norm: put the final norm over the map of the last stage.
-            stop_early: do not run the stages behind the last chosen one.
-            output_fmt: maps (B, D, h, w); there is no other.
-            intermediates_only: leave the final features away.
-
-        Returns:
-            The final features, or the map where it stopped, and the list; or the list.
-
-        Raises:
-            SettingsError: another output format is asked for.
-        """
-        if output_fmt != "NCHW":
-            raise SettingsError(f"output_fmt is {output_fmt!r}; this model has maps, 'NCHW'")
-        chosen, last = feature_take_indices(len(self.stages), indices)
-        final = len(self.feature_info) - 1
-        found, x = [], self.stem(x)
-        for k, stage in enumerate(self.stages):
-            if stop_early and k > last:
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        x = self.stem(x)
+        found = []
+        for k, stage in enumerate(self.stages.children()):
+            if k == count:
                 break
-            x = stage(x)
-            y = self.norm(x) if k == final else x
-            if k in chosen:
-                found.append(y if norm else x)
-        return found if intermediates_only else (y, found)
+            assert isinstance(stage, Stage)
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = self.run(block, x)
+            if k in take:
+                found.append(x)
+        return x, found
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what maps behind chosen stages do not need; returns their indices."""
-        chosen, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm or last + 1 < len(self.feature_info):
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return chosen
+    def final(self, x: Any) -> Any:
+        """The norm."""
+        return self.norm(x)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The map (B, D, h, w) behind the final norm."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K) from the map, or pooled features (B, D)."""
-        if self.global_pool == "":
-            return x
-        x = self.head_drop(x.mean((2, 3)))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
-
-
-def _classifier(width: int, classes: int) -> nn.Module:
-    return nn.Linear(width, classes) if classes else nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def cut(self, count: int) -> None:
+        self.stages = self.stages[:count]

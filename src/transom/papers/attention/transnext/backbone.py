@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, to_2tuple, trunc_normal_
+from timm.layers import DropPath, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transom.errors import SettingsError
+from transom.networks import Staged, fan_out, narrow, one_a_stage, rising
 from transom.papers.attention.transnext.geometry import Geometry, Grid, Tables, stage_sizes
 from transom.papers.attention.transnext.mixer import AggregatedAttention, ConvGLU, GlobalAttention
 
@@ -60,7 +58,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-class TransNeXt(nn.Module):
+class TransNeXt(Staged):
     """TransNeXt.
 
     Args:
@@ -101,36 +99,28 @@ class TransNeXt(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         count = len(embed_dims)
-        for name, values in (
-            ("depths", depths),
-            ("num_heads", num_heads),
-            ("mlp_ratios", mlp_ratios),
-            ("sr_ratios", sr_ratios),
-            ("window_size", window_size),
-        ):
-            if len(values) != count:
-                raise SettingsError(
-                    f"{name} is {values!r}; expected {count} values, one a stage of embed_dims"
-                )
+        one_a_stage(
+            count,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+            window_size=window_size,
+        )
         for dim, heads in zip(embed_dims, num_heads, strict=True):
             if dim % heads:
                 raise SettingsError(
                     f"a stage of width {dim} has {heads} heads; expected heads that divide it"
                 )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.global_pool = _pool(global_pool)
-        self.stages = count
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.feature_info = [
+        info = [
             {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"norm{i + 1}"}
             for i, dim in enumerate(embed_dims)
         ]
-        self.grad_checkpointing = False
+        super().__init__(num_classes, global_pool, info)
+        self.in_chans = in_chans
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = rising(drop_path_rate, sum(depths))
         size: Grid = to_2tuple(img_size)
         self.patch_size = patch_size
         before: Grid = size if pretrain_size is None else to_2tuple(pretrain_size)
@@ -152,17 +142,14 @@ class TransNeXt(nn.Module):
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim, eps=1e-6))
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier()
-        self.apply(_initialise)
-
-    def _classifier(self) -> nn.Module:
-        if self.num_classes <= 0:
-            return nn.Identity()
-        return nn.Linear(self.num_features, self.num_classes)
+        self.reset_classifier(num_classes)
+        self.apply(narrow)
+        self.apply(fan_out)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Keep the tables of this image size; the scale of the coordinates stays as trained."""
-        for i, grid in enumerate(stage_sizes(to_2tuple(img_size), self.patch_size, self.stages)):
+        stages = len(self.feature_info)
+        for i, grid in enumerate(stage_sizes(to_2tuple(img_size), self.patch_size, stages)):
             tables: Any = getattr(self, f"tables{i + 1}")
             tables.resize(grid, tables.pair.device)
 
@@ -183,121 +170,26 @@ class TransNeXt(nn.Module):
             "blocks": r"^(?:block|patch_embed|norm)(\d+)" if coarse else fine,
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another classifier, untrained; none for 0 classes."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _pool(global_pool)
-        self.head = self._classifier().to(next(self.parameters()))
-        self.head.apply(_initialise)
-
-    def _stage(self, i: int, x: Tensor) -> Tensor:
-        """Stage i: (B, C, H, W) to normed maps (B, h, w, C)."""
-        name = i + 1
-        x, grid = getattr(self, f"patch_embed{name}")(x)
-        tables = getattr(self, f"tables{name}")(grid, x.device)
-        for block in getattr(self, f"block{name}"):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, grid, tables, use_reentrant=False)
-            else:
-                x = block(x, grid, tables)
-        return getattr(self, f"norm{name}")(x).unflatten(1, grid)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps behind the stages, and the features behind the last.
-
-        Args:
-            x: images (B, 3, H, W).
-            indices: stages by number, the last so many, or all for None.
-            norm: without effect; every stage ends with a norm.
-            stop_early: leave stages out that are not asked for.
-            output_fmt: of the maps: "NCHW" or "NHWC".
-            intermediates_only: return the list of maps alone.
-
-        Returns:
-            (features (B, h, w, C), maps), or the maps.
-
-        Raises:
-            SettingsError: the format is not known.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NHWC'")
-        wanted, last = feature_take_indices(self.stages, indices)
-        maps: list[Tensor] = []
-        y = x
-        for i in range(last + 1 if stop_early else self.stages):
-            y = self._stage(i, x)
+    def trunk(
+        self, x: Tensor, count: int, take: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = []
+        own: Any = self
+        for i in range(1, count + 1):
+            y, grid = getattr(own, f"patch_embed{i}")(x)
+            tables = getattr(own, f"tables{i}")(grid, y.device)
+            for block in getattr(own, f"block{i}"):
+                y = self.run(block, y, grid, tables)
+            y = getattr(own, f"norm{i}")(y).unflatten(1, grid)
+            if i - 1 in take:
+                found.append(y)
             x = y.permute(0, 3, 1, 2)
-            if i in wanted:
-                maps.append(x if output_fmt == "NCHW" else y)
-        return maps if intermediates_only else (y, maps)
+        return y, found
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` does not need for these indices."""
-        wanted, last = feature_take_indices(self.stages, indices)
-        shorter = last + 1 < self.stages
-        for i in range(last + 1, self.stages):
+    def cut(self, count: int) -> None:
+        for i in range(count, len(self.feature_info)):
             for part in ("patch_embed", "tables", "block", "norm"):
                 delattr(self, f"{part}{i + 1}")
-        self.stages = last + 1
-        if prune_head or shorter:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.reset_classifier(0, "")
-        return list(wanted)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normed maps (B, h, w, C) behind the last stage for images (B, 3, H, W)."""
-        y = x
-        for i in range(self.stages):
-            y = self._stage(i, x)
-            x = y.permute(0, 3, 1, 2)
-        return y
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K) of the features (B, h, w, C), or what the classifier sees of them."""
-        if self.global_pool == "avg":
-            x = x.mean((1, 2))
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _pool(name: str) -> str:
-    if name not in ("avg", ""):
-        raise SettingsError(f"global_pool is {name!r}; expected 'avg' or ''")
-    return name
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0, (2 / out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _cfg(size: int = 224, **changes: Any) -> dict[str, Any]:

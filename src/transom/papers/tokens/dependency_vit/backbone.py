@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from transom.errors import SettingsError
+from transom.networks import Isotropic, narrow
 from transom.ops import rows
 from transom.papers.tokens.dependency_vit.attention import ReversedAttention
 from transom.papers.tokens.dependency_vit.pruning import kept, loudest, schedule
@@ -82,7 +81,7 @@ class Block(nn.Module):
         return Flow(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), m, place)
 
 
-class DependencyViT(nn.Module):
+class DependencyViT(Isotropic):
     """A ViT without class token whose tokens send to their parents.
 
     Attributes:
@@ -134,13 +133,11 @@ class DependencyViT(nn.Module):
         Raises:
             SettingsError: a setting is out of range.
         """
-        super().__init__()
-        if global_pool not in ("avg", ""):
-            raise SettingsError(f"global_pool is {global_pool!r}; expected 'avg' or ''")
-        self.num_classes = num_classes
-        self.global_pool: str = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.grad_checkpointing = False
+        info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
+            for i in range(depth)
+        ]
+        super().__init__(num_classes, global_pool, info)
         shares = schedule(prune_layers, prune_ratio, depth)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
@@ -160,13 +157,9 @@ class DependencyViT(nn.Module):
         )
         self.norm: nn.Module = Norm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
-            for i in range(depth)
-        ]
+        self.reset_classifier(num_classes)
         trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init)
+        self.apply(narrow)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed."""
@@ -179,121 +172,32 @@ class DependencyViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: Literal["avg", ""] | None = None
-    ) -> None:
-        """Give the model a new head."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(self.pos_embed)
-
-    def step(self, block: nn.Module, flow: Flow) -> Flow:
-        """One block, checkpointed if that is on."""
-        if self.grad_checkpointing:
-            done: Flow = checkpoint(block, flow)
-            return done
-        done = block(flow)
-        return done
-
     def embed(self, x: Tensor) -> Flow:
         """Tokens of images (B, 3, H, W), as they enter the first block."""
         return Flow(self.patch_embed(x) + self.pos_embed)
 
-    def finish(self, flow: Flow) -> Tensor:
-        """Tokens (B, N, D) behind the final norm, each times what it still says."""
-        x: Tensor = self.norm(flow.x)
-        return x if flow.m is None else x * flow.m[..., None]
+    def final(self, x: Flow) -> Tensor:
+        """Tokens (B, N, D) that are left, normed, each times what it still says."""
+        y: Tensor = self.norm(x.x)
+        return y if x.m is None else y * x.m[..., None]
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) that are left; see :meth:`finish`."""
-        flow = self.embed(x)
-        for block in self.blocks:
-            flow = self.step(block, flow)
-        return self.finish(flow)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K) from tokens (B, N, D), or their mean (B, D)."""
-        x = x.mean(1) if self.global_pool == "avg" else x
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features behind chosen blocks; a pruned token keeps those it left with.
-
-        Args:
-            x: (B, 3, H, W) images.
-            indices: the last so many blocks, or which; None for all.
-            norm: put the final norm over them.
-            stop_early: do not run the blocks behind the last chosen one.
-            output_fmt: maps (B, D, h, w), or "NLC" for tokens (B, N, D).
-            intermediates_only: leave the final features away.
-
-        Returns:
-            The final features and the list, or the list.
-
-        Raises:
-            SettingsError: another output format is asked for.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
-        chosen, last = feature_take_indices(len(self.blocks), indices)
+    def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
+        """As everywhere; in the features of a unit a pruned token keeps those it left with."""
         flow, found = self.embed(x), []
         full = flow.x
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            flow = self.step(block, flow)
-            full = _restored(full, flow)
-            if i in chosen:
-                y = self.norm(full) if norm else full
-                if output_fmt == "NCHW":
-                    y = y.mT.unflatten(2, self.patch_embed.grid_size).contiguous()
-                found.append(y)
-        return found if intermediates_only else (self.finish(flow), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what features behind chosen blocks do not need; returns their indices."""
-        chosen, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return chosen
+        for i, block in enumerate(self.blocks[:count]):
+            flow = self.run(block, flow)
+            if take:
+                full = _restored(full, flow)
+            if i in take:
+                found.append((full, self.patch_embed.grid_size))
+        return flow, found
 
 
 def _restored(full: Tensor, flow: Flow) -> Tensor:
     if flow.place is None:
         return flow.x
     return full.scatter(1, flow.place[..., None].expand_as(flow.x), flow.x)
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _cfg() -> dict[str, Any]:
