@@ -288,6 +288,7 @@ def test_upload_progress_result(browser: Any, server: str, tmp_path: Path) -> No
         assert shown.inner_text().startswith("block 1:") and shown.inner_text() != last
         slider.fill(slider.get_attribute("max"))
         assert page.locator("table tbody tr").count() == 4
+        assert not (AXE and violations(page, "result"))
         window.shoot("result")
 
 
@@ -329,23 +330,33 @@ PAGES = [
 
 
 @pytest.mark.skipif(not AXE, reason="TRANSOM_AXE does not name axe.min.js of axe-core")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violation(browser: Any, site: str, server: str, scheme: str) -> None:
-    source = Path(AXE).read_text(encoding="utf-8")
-    with Window(browser, DESK, scheme) as window:
+@pytest.mark.parametrize(
+    ("size", "scheme"), [(DESK, "light"), (DESK, "dark"), (PHONE, "light")], ids=str
+)
+def test_axe_finds_no_violation(
+    browser: Any, site: str, server: str, size: dict[str, int], scheme: str
+) -> None:
+    with Window(browser, size, scheme) as window:
         page = window.page
         addresses = [f"{site}/{path}" for path in PAGES]
-        addresses += [f"{server}{path}" for path in ("/", "/try", "/search?q=merge", "/nope/x")]
+        served = ("/", "/try", "/search?q=merge", "/nope/x", "/subscribe")
+        addresses += [f"{server}{path}" for path in served]
         found = []
         for address in addresses:
             page.goto(address)
-            page.evaluate(source)
-            answer = page.evaluate("axe.run(document, { preload: false })")
-            for violation in answer["violations"]:
-                nodes = [node["html"][:160] for node in violation["nodes"][:3]]
-                found.append((address.rpartition("site/")[2], violation["id"], nodes))
+            found += violations(page, address.rpartition("site/")[2])
         window.troubles = [t for t in window.troubles if "404" not in t]
         assert not found, "\n".join(map(str, found))
+
+
+def violations(page: Any, name: str) -> list[tuple[str, str, list[str]]]:
+    """What axe-core finds on the page that is open."""
+    page.evaluate(Path(AXE).read_text(encoding="utf-8"))
+    answer = page.evaluate("axe.run(document, { preload: false })")
+    return [
+        (name, violation["id"], [node["html"][:160] for node in violation["nodes"][:3]])
+        for violation in answer["violations"]
+    ]
 
 
 def photograph(path: Path) -> None:

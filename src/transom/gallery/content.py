@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transom.gallery.store import Store
 
 NEW_DAYS = 7  # an entry that came in so lately is new ...
+_SHOWN_OFF = 8  # drawings at the top of the feed
 FRESH_DAYS = 60  # ... unless it had been out for longer than this when it came in
 
 
@@ -92,6 +93,7 @@ def feed(items: Sequence[Item], chosen: dict[str, str] | None = None) -> dict[st
         "shown": len(items),
         "chosen": chosen or {},
         "more": "",
+        "shown_off": _shown_off(items) if not chosen else [],
         "filters": _filters(cards),
         "hosts": [(library, [f for f in own if f.fits]) for library, own in by_library],
         "stats": {
@@ -101,6 +103,15 @@ def feed(items: Sequence[Item], chosen: dict[str, str] | None = None) -> dict[st
             "hosts": len(pages.host_families()),
         },
     }
+
+
+def _shown_off(items: Sequence[Item]) -> list[tuple[str, str, str]]:
+    """Name, address and drawing of the newest papers that are drawn; none of a few."""
+    drawn = [i for i in items if i.thumbnail and i.slug in load_cards()]
+    drawn.sort(key=lambda i: i.date or datetime.date(i.year or 1, 1, 1), reverse=True)
+    if len(drawn) < _SHOWN_OFF:
+        return []
+    return [(load_cards()[i.slug or ""].name, i.href, i.thumbnail) for i in drawn[:_SHOWN_OFF]]
 
 
 def _filters(items: Sequence[Item]) -> list[tuple[str, str, list[tuple[str, str, int]]]]:

@@ -91,6 +91,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["spoken"] = spoken
+    environment.filters["sentence"] = sentence
     environment.filters["cell"] = cell
     environment.filters["code"] = code
     return environment
@@ -112,6 +113,11 @@ def render(template: str, urls: Urls, **content: Any) -> str:
 def spoken(name: str) -> str:
     """A family, kind or column as words."""
     return NAMES.get(name, name.replace("_", " "))
+
+
+def sentence(text: str) -> str:
+    """With a large letter in front; the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def code(text: str) -> str:
