@@ -59,6 +59,8 @@ def measure(name: str, sides: list[int], rounds: int, shape: Shape) -> list[Row]
             if _too_much([row for row in rows if row.form == form], here.tokens):
                 skip.add(form)
                 print(f"{name} {form}: left out from {here.tokens} tokens on")
+        if rows and rows[0].form in skip:
+            break  # there is nothing to hold the others against
         found = OPERATORS[name].forms(here, skip)
         forms = {form: one for form, one in found.items() if form not in skip}
         made = _agree(name, forms)
