@@ -35,6 +35,10 @@ real window is one block shorter than the profiled one; and the room in the cach
 Checked: goldens of influence, search space, losses and densities, cache sizes, the cache, windows;
 influence against removing a value; decoding against dense attention with the same masks. Not
 reproduced: the published plans and retrieval scores, which need models of 7B.
+
+Measured by `benchmarks/moa.py` on SmolLM2-135M and WikiText-2, 2,048 tokens at a time: perplexity
+20.26 with all keys; with half of them 20.63 by one window and 20.28 by a plan; with a quarter 23.78
+and 21.51, in a cache of 22.5 MiB instead of 90. The plans are beside the table in docs/results.
 """
 
 from __future__ import annotations
