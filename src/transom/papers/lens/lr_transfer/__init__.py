@@ -14,15 +14,14 @@ The non-zero spectrum of the Gauss-Newton part of the Hessian is that of K = J J
 `Curvature` is the Hessian of any model, loss and batch as a linear map (double backward through
 plain attention kernels), `top_eigenvalues` and `trace` read it, `tangent_kernel` is K. For networks
 with ordinary initialisation, `rescale` and `groups` are the muP rules for Adam and SGD against a
-narrow base model, with `Readout` as the last layer. `sweep` trains over widths and rates, in
-networks that are the same where they are narrowest.
+narrow base model, with `Readout` as the last layer. `sweep` trains over rates and
+widths or depths, in networks that are the same where they are narrowest.
 
 Source: Why do Learning Rates Transfer? Reconciling Optimization and Scaling Limits for Deep
 Learning, 2024 (later: Super Consistency of Neural Network Landscapes and Learning Rate Transfer);
 no official code was found. Checked: outputs, gradients, spectra and a step against dense Hessians
 and Jacobians; the muP rules with two steps of Adam and of SGD against microsoft/mup@1981497. Not
-checked: the paper's networks and data sets, and its claims about depth. The exponents above follow
-the literature on muP.
+checked: the paper's networks and data sets. The exponents above follow the literature on muP.
 
 With heads that grow wider instead of more numerous, muP also asks for scores scaled by 1/d instead
 of 1/sqrt(d); `rescale` leaves attention as it is.
