@@ -70,6 +70,28 @@ class Record:
         places = torch.arange(count, device=self.index.device)[None, :, None]
         return (self.index[:, None] == places).float()
 
+    def images(self, slug: str) -> Tensor | None:
+        """(B, N) bool: the tokens of images that are there; None if the prompts hold none.
+
+        Args:
+            slug: of the method that needs them.
+
+        Raises:
+            TokensError: there were some, but they left in an earlier block.
+        """
+        if self.visual is None:
+            return None
+        seen = self.visual if self.valid is None else self.visual & self.valid
+        if seen.any():
+            return seen
+        # they left, or they are hidden
+        if self.visual.shape[1] < self.layout.count or self.visual.any():
+            raise TokensError(
+                f"{slug} needs image tokens in a block behind the one where another method let "
+                f"all of them leave; fit {slug} to earlier blocks, or let them leave later"
+            )
+        return None
+
     def as_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x (B, N, D) into its prefix and a map, for what needs the grid.
 

@@ -87,8 +87,12 @@ class Emphasise:
     method: ImbalancedAttention
 
     def applies(self, ask: Ask | None) -> bool:
-        """Where a prompt has an image."""
-        return ask is not None and ask.visual is not None and bool(ask.visual.any())
+        """Where a prompt has an image; an error where it had one that left before."""
+        if ask is None or ask.visual is None:
+            return False
+        if ask.record is not None:
+            ask.record.images("imbalanced-attention")
+        return bool(ask.visual.any())
 
     def __call__(self, x: Tensor, ask: Ask | None) -> Tensor:
         """(B, H, 1, keys) with the logits of emphasised tokens raised."""

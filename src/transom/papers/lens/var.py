@@ -115,9 +115,11 @@ class Redistribute:
     channels: tuple[int, ...]
 
     def applies(self, ask: Ask | None) -> bool:
-        """Where a prompt has an image."""
+        """Where a prompt has an image; an error where it had one that left before."""
         if ask is None or ask.visual is None or ask.stream is None:
             return False
+        if ask.record is not None:
+            ask.record.images("var")
         return bool(ask.visual.any())
 
     def __call__(self, x: Tensor, ask: Ask | None) -> Tensor:

@@ -184,15 +184,13 @@ class Pool(nn.Module):
         self.grid = grid
 
     def forward(self, tokens: Tokens, attended: Ask) -> Tokens:
-        record = tokens.record
-        visual = record.visual
+        visual = tokens.record.images("dpn")
         if visual is None:
             return tokens
-        if record.valid is not None:
-            visual = visual & record.valid
         counts = visual.sum(1).tolist()
         if min(counts) < max(a * b for a, b in self.strides):
             return tokens
+        self._expect_one(visual)
         sizes = [self._size(count) for count in counts]
         if self.router is None:
             expert = torch.full((len(counts),), len(self.strides) - 1)
@@ -206,6 +204,16 @@ class Pool(nn.Module):
             expert = draw(probs, self.strides, sizes) if self.training else probs.argmax(-1)
             worth = probs.gather(1, expert[:, None])[:, 0]
         return self._pooled(tokens, visual, sizes, expert.tolist(), worth)
+
+    def _expect_one(self, visual: Tensor) -> None:
+        """Refuse prompts whose image tokens are not one piece."""
+        begins = visual[:, 1:] & ~visual[:, :-1]
+        pieces = begins.sum(1) + visual[:, 0]
+        if int(pieces.max()) > 1:
+            raise TokensError(
+                f"prompt {int(pieces.argmax())} holds {int(pieces.max())} images, but DPN pools "
+                "one map a prompt; give one image a prompt"
+            )
 
     def _summary(self, tokens: Tokens) -> Tensor:
         words = tokens.record.words
@@ -235,7 +243,7 @@ class Pool(nn.Module):
                 return height, width
         raise TokensError(
             f"{count} image tokens make no map: they are no square, and the grid is "
-            f"{self.grid}; fit with image_grid=(rows, columns)"
+            f"{self.grid}; fit with image_grid=(rows, columns), and give one image a prompt"
         )
 
     def _pooled(
@@ -244,11 +252,6 @@ class Pool(nn.Module):
         rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for b, size in enumerate(sizes):
             image = visual[b].nonzero()[:, 0]
-            if int(image[-1] - image[0]) + 1 != len(image):
-                raise TokensError(
-                    f"prompt {b} holds several images, but DPN pools one map a prompt; give one "
-                    "image a prompt"
-                )
             done = pool(tokens.x[b, image], size, self.strides[expert[b]], self.function)
             cells = done.cells.flatten(0, 1)
             start, end = int(image[0]), int(image[-1]) + 1
