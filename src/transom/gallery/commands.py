@@ -163,7 +163,7 @@ def atom(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("feed.atom"),
     base_url: Annotated[
         str, typer.Option(help="Where your gallery stands; links lead there.")
-    ] = "http://127.0.0.1:8000",
+    ] = "http://127.0.0.1:8080",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Entries at most.")] = 100,
     db: Database = None,
 ) -> None:

@@ -59,7 +59,7 @@ class MailSettings:
     user: str | None = None
     password: str | None = None
     ca_file: str | None = None
-    base_url: str = "http://127.0.0.1:8000"
+    base_url: str = "http://127.0.0.1:8080"
 
     def __post_init__(self) -> None:
         if self.tls not in TLS:
@@ -96,7 +96,7 @@ def default_path() -> Path:
 
 
 def load_settings(
-    path: str | Path | None = None, *, base_url: str = "http://127.0.0.1:8000"
+    path: str | Path | None = None, *, base_url: str = "http://127.0.0.1:8080"
 ) -> MailSettings:
     """The mail settings of an INI file with one section, [mail].
 

@@ -68,7 +68,7 @@ entries = Table(
     Column("slug", String(80), index=True),
     Column("words", Text, nullable=False),  # of the card: names, keywords, family
     Column("first_seen", Moment, nullable=False, index=True),
-    Index("ix_entries_day_id", "day", "id"),
+    Index("ix_entries_day_points", "day", "id", "comments", "votes"),  # pages, and what trends
 )
 
 rooms = Table(

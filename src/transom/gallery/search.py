@@ -146,7 +146,9 @@ def _fts5(
     every = [_quoted(word) for word in counts]
     score = f"bm25(entries_fts, {', '.join(map(str, WEIGHTS.values()))})"
     if rare:
-        match = f"({' OR '.join(_quoted(word) for word in rare)}) AND ({' OR '.join(every)})"
+        match = " OR ".join(_quoted(word) for word in rare)
+        if len(rare) < len(every):  # the frequent words find nothing more, but they count
+            match = f"({match}) AND ({' OR '.join(every)})"
         inner = f"SELECT rowid AS id, {score} AS score FROM entries_fts WHERE entries_fts MATCH :q"
     else:
         match = " AND ".join(every)

@@ -385,14 +385,16 @@ class Store:
             age = func.greatest(0, today - table.c.day)
         fade = 1.0 + age / 7.0
         score = (points / (fade * fade)).label("score")
+        # Only what is in the index: the text of all entries would have to be read otherwise.
         wanted = (
-            select(table, score)
+            select(table.c.id, score)
             .where(points > 0)
             .order_by(score.desc(), table.c.day.desc(), table.c.id.desc())
             .limit(limit)
         )
         with self.reads() as connection:
-            return [Hit(_stored(row), float(row.score)) for row in connection.execute(wanted)]
+            found = [Ranked(row.id, float(row.score)) for row in connection.execute(wanted)]
+        return self._hits(found)
 
     def sync_rooms(
         self, working: Collection[str] | None = None, *, now: datetime.datetime | None = None

@@ -38,7 +38,7 @@ def upgrade() -> None:
     op.create_index("ix_entries_title_key", "entries", ["title_key"])
     op.create_index("ix_entries_slug", "entries", ["slug"])
     op.create_index("ix_entries_first_seen", "entries", ["first_seen"])
-    op.create_index("ix_entries_day_id", "entries", ["day", "id"])
+    op.create_index("ix_entries_day_points", "entries", ["day", "id", "comments", "votes"])
     op.create_table(
         "rooms",
         sa.Column("slug", sa.String(80), primary_key=True),
@@ -65,7 +65,7 @@ def _fts5() -> None:
     """The index keeps no second copy of the text; triggers keep it up to date."""
     op.execute(
         f"CREATE VIRTUAL TABLE entries_fts USING fts5({_INDEXED}, content='entries', "
-        "content_rowid='id', tokenize='porter unicode61 remove_diacritics 2')"
+        "content_rowid='id', prefix='3', tokenize='porter unicode61 remove_diacritics 2')"
     )
     columns = [name.strip() for name in _INDEXED.split(",")]
     new = ", ".join(f"new.{name}" for name in columns)
