@@ -144,10 +144,12 @@ def test_a_trained_captioner_and_what_its_report_tells_apart() -> None:
     assert plain.instance is not None and plain.recall is not None
     assert plain.instance > 0.15 and plain.recall > 0.6  # it invents, and it sees
 
-    short = hallucination(model, asked, truth, {}, **{**settings, "max_new_tokens": 3})
+    short = hallucination(model, asked, truth, {}, **{**settings, "max_new_tokens": 5})
     cut = compare(before, short.captions["plain"], truth)
     assert cut.after.instance is not None and cut.after.instance < plain.instance
-    assert cut.verdict == "shorter"
+    assert cut.after.sentence < plain.sentence - 0.1
+    assert cut.differences["distinct at equal length"].value == 0
+    assert cut.verdict in ("shorter", "unclear")
 
     # fewer captions with an invention, but fewer objects seen too: CHAIR_s alone would praise it
     reinforced = found.against_plain["vhr"]
