@@ -35,10 +35,11 @@ def moh_vit(
         SettingsError: numbers of heads do not fit each other, or there is not one a stage.
     """
     model: Any = timm.create_model(host, **settings)
-    if not len(shared_head) == len(routed_head) == model.stages:
+    stages = len(model.feature_info)
+    if not len(shared_head) == len(routed_head) == stages:
         raise SettingsError(
             f"shared_head is {shared_head!r} and routed_head {routed_head!r}; expected "
-            f"{model.stages} values each, one a stage"
+            f"{stages} values each, one a stage"
         )
     for i, (shared, chosen) in enumerate(zip(shared_head, routed_head, strict=True)):
         for block in getattr(model, f"block{i + 1}"):
