@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -135,6 +136,34 @@ def test_an_older_site_is_replaced_and_another_folder_is_not(site: Path, tmp_pat
     assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
 
 
+def test_entries_of_a_store_meet_their_cards_and_leave_their_abstracts(tmp_path: Path) -> None:
+    from transom.gallery.feed import Entry
+    from transom.gallery.store import open_store
+
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    common: dict[str, Any] = {
+        "organisation": None, "comments": 2, "arxiv_id": None, "repo": None, "project": None,
+        "abstract": "KEPT AT HOME",
+    }  # fmt: skip
+    entries = [
+        Entry(title=load_cards()["fna"].title, authors=(), author_count=3, date=today, votes=41,
+              slug="fna", **common),
+        Entry(title="A paper of today", authors=("Ada", "Bo", "Cy", "Di"), author_count=4,
+              date=today, votes=1, slug=None, **common),
+    ]  # fmt: skip
+    with open_store(f"sqlite:///{tmp_path / 'feed.sqlite'}") as store:
+        store.add(entries)
+        build(tmp_path / "site", store=store, drawings=False)
+    text = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert text.count("<article class=") == len(load_cards()) + 1
+    assert "Ada, Bo, Cy and 1 more" in text and "41 votes" in text
+    # a guessed year does not make an old paper new: its card knows the day
+    assert text.count('class="new"') == 1 and "2024-03-07" in text
+    every = "".join(p.read_text(encoding="utf-8") for p in (tmp_path / "site").rglob("*.html"))
+    assert "KEPT AT HOME" not in every
+    assert "KEPT AT HOME" not in (tmp_path / "site" / "static" / "index.js").read_text()
+
+
 HOSTILE = '<img src=x onerror="alert(1)">"\'</script><script>alert(2)</script>{{ 7 * 7 }}'
 
 
@@ -235,3 +264,17 @@ def test_the_snippet_of_every_room_runs(slug: str) -> None:
     room = registry.rooms()[slug]
     code = pages.snippet(room, anatomy.anatomy(slug))
     exec(compile(code, slug, "exec"), {})  # our own words, made in this process
+
+
+def test_a_backbone_that_does_not_run_takes_nothing_with_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(backbone: registry.Backbone) -> list[anatomy.Stage]:
+        raise AttributeError("half of it is gone")
+
+    monkeypatch.setattr(pages, "stages", broken)
+    pages._pyramid.cache_clear()
+    try:
+        assert pages.paper("rmt").pyramid == "" and "are not drawn" in caplog.text
+    finally:
+        pages._pyramid.cache_clear()

@@ -60,8 +60,9 @@ def from_store(entry: Any, known: Item | None, today: datetime.date) -> Item:
     """One entry as an item of the feed; its abstract is not part of it."""
     first = entry.first_seen.date() if hasattr(entry.first_seen, "date") else entry.first_seen
     lately = (today - first).days <= NEW_DAYS
-    fresh = entry.date is None or (first - entry.date).days <= FRESH_DAYS
-    date = entry.date or (known.date if known else None)
+    # a saved page may not tell the year, a card does
+    date = (known.date if known else None) or entry.date
+    fresh = date is None or (first - date).days <= FRESH_DAYS
     address = f"https://arxiv.org/abs/{entry.arxiv_id}" if entry.arxiv_id else ""
     year = date.year if date else None
     base = known or Item(entry.title, date, year, None, href=address)

@@ -10,6 +10,7 @@ import datetime
 import functools
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,8 @@ from transom.gallery.drawings import Picture
 from transom.gallery.results import Result, charts, headline, results
 from transom.parity import Parity, parity
 from transom.registry import Room
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("method", "backbone", "operator", "objective", "lens", "pipeline")
 STATUS = {"runs": "runs here", "parity": "parity proven", "coming": "not here yet"}
@@ -346,8 +349,13 @@ def _smallest(room: Room | None) -> registry.Backbone | None:
 @functools.cache
 def _pyramid(name: str) -> Markup:
     all_of_them = (b for own in registry.backbones().values() for b in own)
-    found = stages(next(b for b in all_of_them if b.name == name))
-    return pyramid(found) if found else Markup("")
+    try:
+        found = stages(next(b for b in all_of_them if b.name == name))
+    except Exception:
+        # one backbone that does not run must not take the whole gallery with it
+        logger.warning("the stages of %s are not drawn", name, exc_info=True)
+        return _EMPTY
+    return pyramid(found) if found else _EMPTY
 
 
 def _path(room: Room | None) -> str:
