@@ -92,9 +92,39 @@ def test_compare_writes_and_resumes(
     assert (out / "rows.jsonl").read_text() == before, "finished rows were measured again"
 
 
+def test_compare_at_one_budget(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    pictures: Path,
+) -> None:
+    words = (
+        *("compare", "--model", TINY, "--data", str(pictures), "--out", str(tmp_path / "out")),
+        *("--methods", "evit,dpn", "--budget", "0.6", "--rounds", "1", "--batch-size", "2"),
+    )
+    assert run(monkeypatch, *words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at most 0.6 of the plain host's GFLOPs" in said and "dpn left out" in said
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    plain, evit = result["rows"]
+    assert evit["method"] == "evit" and 0.58 < evit["flops_ratio"] <= 0.6
+    assert plain["flops_ratio"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (
+            (*("compare", "--model", TINY, "--data", "{pictures}"), "--budget", "1.2"),
+            "above 0, below 1",
+        ),
+        (
+            (
+                *("compare", "--model", TINY, "--data", "{pictures}"),
+                *("--schedule", "auto", "--budget", "0.6"),
+            ),
+            "give one of them",
+        ),
         (("compare", "--model", "vit_tiny_patch16_244", "--data", "x"), "no timm model"),
         (("compare", "--model", "resnet18", "--data", "{pictures}"), "not a supported host"),
         (("compare", "--model", TINY, "--data", "nowhere"), "nowhere"),

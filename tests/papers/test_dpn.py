@@ -152,6 +152,48 @@ def test_the_loss_pushes_routers_towards_stronger_pooling() -> None:
     assert router(c).argmax(-1).float().mean() > 1.5
 
 
+def test_the_routing_loss_of_a_fitted_model_reaches_its_routers() -> None:
+    model, given = llava().requires_grad_(False), two_prompts()
+    method = DPN(layers=(1,), strides=(((1, 1), (3, 3)),))
+    torch.manual_seed(0)
+    transom.apply(model, method)
+    (router,) = (m for m in model.modules() if isinstance(m, Router))
+    router.requires_grad_(True)
+    with torch.no_grad():  # the second stride wins
+        router.predictor.weight[1] = 5 * router.mlp1(torch.randn(8, 32)).mean(0)
+    training = method.training(coefficient=0.5, margin=1.0)
+    assert training.at_step(model, 0, 1) == {}
+    model.train()
+    out = model(**given).logits
+    loss = training.extra_loss(model, out)
+    assert loss is not None and 0 <= loss <= 0.5
+    assert training.extra_loss(model, out) is None, "one loss a pass"
+    model(**given)
+    model.eval()
+    training.at_step(model, 1, 1)
+    model(**given)
+    assert training.extra_loss(model, out) is None, "nothing is noted after training"
+    for wrong in ({"margin": -1.0}, {"coefficient": -0.1}, {"speed": 1}):
+        with pytest.raises(SettingsError, match="dpn's training has"):
+            method.training(**wrong)
+
+
+@torch.no_grad()
+def test_tables_of_positions_are_made_once_a_length() -> None:
+    model, given = llava(), two_prompts()
+    transom.apply(model, DPN(layers=(1,), strides=(((3, 3),),), adaptive=False))
+    calls: list[int] = []
+    rotary = model.model.language_model.rotary_emb
+    hook = rotary.register_forward_hook(lambda module, given, out: calls.append(out[0].shape[1]))
+    cache = model(**given, use_cache=True).past_key_values
+    assert calls == [20, 12], "one for the host, one for the three layers behind the pooling"
+    calls.clear()
+    word = given["input_ids"][:, -1:]
+    model(input_ids=word, past_key_values=cache, use_cache=True)
+    assert len(calls) == 2, "the host's for the long caches, one for both of the short ones"
+    hook.remove()
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [

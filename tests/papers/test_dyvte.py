@@ -11,7 +11,15 @@ from torch import Tensor
 import transom
 from tests.zoo.test_decoders import IMAGE, SEEING, inputs, language, words
 from transom.errors import SettingsError
-from transom.papers.tokens.dyvte import DyVTE, Router, exit_layers, router_loss, text_state
+from transom.papers.tokens.dyvte import (
+    DyVTE,
+    Router,
+    exit_layers,
+    exits,
+    router_loss,
+    routers,
+    text_state,
+)
 
 
 def logits(model: Any, given: dict[str, Tensor], **options: Any) -> Tensor:
@@ -75,6 +83,22 @@ def test_each_prompt_of_a_batch_decides_for_itself() -> None:
     torch.testing.assert_close(got[0], alone[0][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[1], alone[1][1], atol=1e-5, rtol=1e-5)
     assert trace.lengths == [20, 20, 11, 11]
+
+
+@torch.no_grad()
+def test_exits_of_many_prompts_are_counted() -> None:
+    model, given = SEEING["llava"](), inputs("llava")
+    transom.apply(model, DyVTE(width=4))
+    assert len(routers(model)) == 3
+    fills = transom.fittings(model)[0].fills
+    for fill, yes in zip(fills, ([True, False], [True, False], [True, False]), strict=False):
+        assert fill.after is not None
+        fill.after.router = Decided(yes)
+    found = exits(model, [given, given])
+    assert found.layers == (0, None, 0, None) and found.depth == 4
+    assert found.counts == {0: 2, None: 2} and found.mean == (1 + 4) / 2
+    with pytest.raises(SettingsError, match="no prompt holds an image"):
+        exits(model, [words()])
 
 
 @torch.no_grad()
