@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--visual", type=int, nargs="+", default=[576, 2880])
     parser.add_argument("--rounds", type=int, nargs="+", default=[15, 5], help="for each --visual")
     parser.add_argument("--new", type=int, default=16, help="tokens of a decoding run")
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
