@@ -44,6 +44,9 @@ METHODS = [
     ("tome", {"r": 16}),
     ("pitome", {"ratio": 0.95}),
     ("pitome", {"ratio": 0.9}),
+    ("crossget", {"r": 8}),
+    ("crossget", {"r": 16}),
+    ("dependency-vit", {"prune_ratio": 0.16}),
 ]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "token_reduction.csv"
 
