@@ -234,3 +234,15 @@ def test_it_works_from_cron(run, page, tmp_path):
         (0, "0 sent\n", ""),
     ]
     assert box.recipients == {"ada@example.org": 1}
+
+
+def test_without_the_extra_the_list_works_and_the_feed_says_what_to_install(run, monkeypatch):
+    from transom.gallery import commands
+
+    real = commands.importlib.util.find_spec
+    monkeypatch.setattr(
+        commands.importlib.util, "find_spec", lambda name: None if name == "alembic" else real(name)
+    )
+    assert run("pitome")[0] == 0
+    code, _, err = run("search", "birds")
+    assert code == 1 and "the feed needs alembic" in err and "pip install 'transom[gallery]'" in err
