@@ -346,14 +346,14 @@ class BlockFlow:
                 "tokens is not known; loop over the stack of blocks itself, or call the model"
             )
         call, i = transom[0], self.place
+        checkpoint = self.view.checkpoint()
+        if checkpoint is not None:  # a host's own forward may bring checkpoints along, so not that
+            return checkpoint(partial(self._run, call, **kwargs), x, *args)
         if self._idle(call):
             call.records[i + 1], call.guests[i + 1] = call.records[i], call.guests[i]
             module = self.view.module
-            run: Callable[..., Tensor] = partial(type(module).forward, module, **kwargs)
-        else:
-            run = partial(self._run, call, **kwargs)
-        checkpoint = self.view.checkpoint()
-        return run(x, *args) if checkpoint is None else checkpoint(run, x, *args)
+            return type(module).forward(module, x, *args, **kwargs)
+        return self._run(call, x, *args, **kwargs)
 
     def _run(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         view, fill, i = self.view, self.fill, self.place
