@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from transom.gallery.commands import papers as paper_commands
 from transom.gallery.gallery_commands import app as gallery_commands
 from transom.lens.command import look
 from transom.measure.chair_command import chair
+from transom.terminal import console, errors
 
 app = typer.Typer(
     name="transom",
@@ -30,13 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.print(f"transom {transom.__version__}")
+        console().print(f"transom {transom.__version__}")
         raise typer.Exit
 
 
@@ -202,7 +200,7 @@ def _scheduled(
         path = found.to_json(out / f"schedule-{slug}.json")
         rest = {name: value for name, value in options.items() if name != "batch_size"}
         pays = break_even(model, data, (slug, found.settings), **rest)
-        console.print(
+        console().print(
             f"{slug}: {found.row.speedup[1]:.2f}x measured for a wished {speedup:g}x"
             f"{'' if found.reached else ' (not reached; the fastest was taken)'}; "
             + (f"faster than the plain host from batch {pays} on" if pays else "slower at batch 16")
@@ -244,9 +242,9 @@ def train(
 
     _threads(threads)
     parsed = read_recipe(recipe, changes or [])
-    with Bar(errors) as bar:
+    with Bar(errors()) as bar:
         done = run(parsed, out or Path("transom-train") / recipe.stem, watch=bar, fresh=fresh)
-    console.print(
+    console().print(
         f"{done.score.accuracy:.2f} % of {done.score.count} test images; weights and logs: "
         f"{done.out}",
         highlight=False,
@@ -301,14 +299,14 @@ def export(
         transom.apply(built, slug, **settings)
         done = run(built, path, example, to=to)  # type: ignore[arg-type]
         times = interleaved({"plain": plain.run, "fitted": done.run}, rounds=20, warmup=2)
-    console.print(
+    console().print(
         f"{done.path}: largest difference to the model {done.difference:.2g} "
         f"(outputs reach {done.scale:.2g})",
         highlight=False,
         soft_wrap=True,
     )
     fitted, before = times["fitted"].median_ms, times["plain"].median_ms
-    console.print(
+    console().print(
         f"{fitted:.1f} ms a call of {batch_size}, the plain model exported the same way "
         f"{before:.1f} ms: {before / fitted:.2f}x",
         highlight=False,
@@ -359,16 +357,16 @@ def lab_icl(
     }
     for name, values in rows.items():
         table.add_row(name, *(f"{values[count]:.3f}" for count in found.lengths))
-    console.print(table)
+    console().print(table)
     seen = found.patterns
-    console.print(
+    console().print(
         f"heads: {', '.join(seen.roles())}; W_QK off its diagonal {seen.off_diagonal:.1%}, W_OV "
         f"beside the response {seen.elsewhere:.1%}, |sum of mu| / sum of |mu| {seen.sum:.1%}; "
         f"correlation with the debiased gradient step {found.agreement:.4f}",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
+    console().print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
 
 
 @lab.command("lr-transfer")
@@ -419,8 +417,8 @@ def lab_lr_transfer(
         best = [f"{found.rates[found.best(regime)[size]]:g}" for size in sizes]
         varies = f"{found.variation(regime, watched_steps // 4):.0%}"
         table.add_row(regime, *best, f"{found.drift(regime):g}", varies)
-    console.print(table)
-    console.print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
+    console().print(table)
+    console().print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -471,10 +469,10 @@ def hosts(
         table.add_row(row["library"], row["family"], *slots)
     if not rows:
         raise TransomError(f"no family matches {' '.join(wanted)!r}")
-    console.print(table)
+    console().print(table)
     count = sum(any(row[slot] == "fits" for slot in filled) for row in rows)
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    console.print(
+    console().print(
         f"{count} of {len(rows)} families fit in some slot; tried with {versions}", highlight=False
     )
 
@@ -489,7 +487,7 @@ def convert(
     from transom.convert import convert as run
 
     name, count = run(slug, source, target)
-    console.print(f"{count} tensors of {name} written to {target}", highlight=False)
+    console().print(f"{count} tensors of {name} written to {target}", highlight=False)
 
 
 def parse_methods(text: str | None) -> list[str | tuple[str, dict[str, Any]]] | None:
@@ -547,9 +545,9 @@ class _Progress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=errors,
+            console=errors(),
             transient=True,
-            disable=not errors.is_terminal,
+            disable=not errors().is_terminal,
         )
         self.task = self.bar.add_task("plain", total=None)
 
@@ -566,21 +564,21 @@ class _Progress:
     def __call__(self, row: Any, done: int, total: int) -> None:
         name = f"{row.method} {row.label}"
         self.bar.update(self.task, completed=done, total=total, description=name)
-        if not errors.is_terminal:
-            errors.print(f"{done}/{total} {name}", highlight=False)
+        if not errors().is_terminal:
+            errors().print(f"{done}/{total} {name}", highlight=False)
 
 
 def _finish(comparison: Any, out: Path) -> None:
     """Print the table and write it; the report itself was written by whoever knows its pictures."""
     # a table squeezed into fewer columns shows nothing; a narrow terminal may wrap its lines
-    Console(width=max(120, console.width)).print(comparison.table())
+    console(at_least=120).print(comparison.table())
     out.mkdir(parents=True, exist_ok=True)
     comparison.to_json(out / "result.json")
     comparison.to_csv(out / "result.csv")
     if comparison.interrupted:
-        console.print(f"interrupted; the finished rows are in {out}", style="yellow")
+        console().print(f"interrupted; the finished rows are in {out}", style="yellow")
         raise typer.Exit(130)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console().print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _threads(count: int | None) -> None:
@@ -600,10 +598,10 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
-        errors.print("interrupted", style="yellow")
+        errors().print("interrupted", style="yellow")
         sys.exit(130)
     except TransomError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors().print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         # A wrong option: an exception of click, or of the click inside newer versions of typer.

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from typer.core import TyperGroup
 
 from transom.errors import TransomError
+from transom.terminal import console
 
 if TYPE_CHECKING:
     from transom.gallery.mail import MailSettings
     from transom.gallery.store import Hit, Store
-
-console = Console()
 
 
 class _ListsByDefault(TyperGroup):
@@ -75,8 +73,8 @@ def list_(
         table.add_row(card.slug, card.family, str(card.year), works, card.title)
     if not found:
         raise TransomError(f"no paper matches {' '.join(words)!r}; try fewer or shorter words")
-    console.print(table)
-    console.print(f"{len(found)} papers, {sum(c.slug in rooms for c in found)} of them work")
+    console().print(table)
+    console().print(f"{len(found)} papers, {sum(c.slug in rooms for c in found)} of them work")
 
 
 @papers.command("import")
@@ -110,14 +108,14 @@ def import_(
         added = store.add(entries)
         store.sync_rooms()
         if meaning and meanings.folder() is not None:
-            with Progress(console=console, transient=True) as bar:
+            with Progress(console=console(), transient=True) as bar:
                 task = bar.add_task("search by meaning")
                 meanings.index(
                     store, lambda done, total: bar.update(task, completed=done, total=total)
                 )
     slugs = {entry.key: entry.slug for entry in entries}
     known = sum(slug is not None for slug in slugs.values())
-    console.print(
+    console().print(
         f"{len(entries)} entries, {len(slugs)} papers: {added.new} new, {added.merged} merged, "
         f"{added.unchanged} unchanged; {known} are known here",
         highlight=False,
@@ -176,7 +174,7 @@ def atom(
         raise TransomError("the database is empty; import a feed: transom papers import FILE")
     updated = max(entry.first_seen for entry in entries)
     out.write_text(written(entries, base_url=base_url, updated=updated), encoding="utf-8")
-    console.print(f"{len(entries)} entries: {out}", highlight=False, soft_wrap=True)
+    console().print(f"{len(entries)} entries: {out}", highlight=False, soft_wrap=True)
 
 
 Config = Annotated[
@@ -229,13 +227,13 @@ def digest(
         found = digests(store, start, topic=topic, to=to)
         if dry_run is not None:
             paths = write(settings, secret, found, dry_run)
-            console.print(f"{len(paths)} letters in {dry_run}", highlight=False, soft_wrap=True)
+            console().print(f"{len(paths)} letters in {dry_run}", highlight=False, soft_wrap=True)
             return
         if resend:
             letters.again(store)
         prepare(store, settings, secret, found)
         line = letters.report(letters.deliver(store, settings, tries=tries))
-    console.print(line, highlight=False, soft_wrap=True)
+    console().print(line, highlight=False, soft_wrap=True)
 
 
 @papers.command()
@@ -273,10 +271,10 @@ def subscribe(
             )
         if dry_run is not None:
             path = letters.take_out(store, letter, dry_run)
-            console.print(f"letter in {path}", highlight=False, soft_wrap=True)
+            console().print(f"letter in {path}", highlight=False, soft_wrap=True)
             return
         line = letters.report(letters.deliver(store, settings))
-    console.print(f"{address} is asked for confirmation: {line}", highlight=False, soft_wrap=True)
+    console().print(f"{address} is asked for confirmation: {line}", highlight=False, soft_wrap=True)
 
 
 def _mail_settings(config: Path | None, dry_run: Path | None) -> MailSettings:
@@ -306,7 +304,7 @@ def _print(hits: list[Hit]) -> None:
         table.add_row(
             f"{hit.score:.3g}", str(entry.day), escape(entry.slug or ""), escape(entry.title)
         )
-    console.print(table)
+    console().print(table)
 
 
 def _table(*names: str) -> Table:
@@ -317,7 +315,7 @@ def _table(*names: str) -> Table:
 
 
 def _show(card: Any, room: Any) -> None:
-    console.print(f"[bold]{card.title}[/] ({card.year})")
+    console().print(f"[bold]{card.title}[/] ({card.year})")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("slug", card.slug)
     table.add_row("family", card.family)
@@ -329,17 +327,17 @@ def _show(card: Any, room: Any) -> None:
         table.add_row("link", link)
     if card.code is not None:
         table.add_row("code", getattr(card.code, "url", str(card.code)))
-    console.print(table)
+    console().print(table)
     if room is None:
         return
     if room.method is not None:
-        console.print(f"\n[bold]{room.method.__name__}[/] settings and defaults")
+        console().print(f"\n[bold]{room.method.__name__}[/] settings and defaults")
         for field in dataclasses.fields(room.method):
-            console.print(f"  {field.name} = {field.default!r}")
+            console().print(f"  {field.name} = {field.default!r}")
     if room.backbones:
-        console.print("\n[bold]timm models[/]")
+        console().print("\n[bold]timm models[/]")
         for backbone in room.backbones:
-            console.print(f"  {backbone.name}", highlight=False)
+            console().print(f"  {backbone.name}", highlight=False)
     for offer in room.offers:
-        console.print(f"{offer.kind} {offer.name}", highlight=False)
-    console.print(f"\n{(room.module.__doc__ or '').strip()}", highlight=False)
+        console().print(f"{offer.kind} {offer.name}", highlight=False)
+    console().print(f"\n{(room.module.__doc__ or '').strip()}", highlight=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from transom.errors import GalleryError
+from transom.terminal import console, errors
 
 PASSWORD = "TRANSOM_GALLERY_PASSWORD"
 
@@ -18,8 +18,6 @@ app = typer.Typer(
     help="The feed of papers as a site: with what works here, how well, and on which models.",
     no_args_is_help=True,
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 @app.command()
@@ -43,7 +41,7 @@ def build(
         from transom.gallery.store import open_store
 
         store = open_store()
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(console=errors(), transient=True, disable=not errors().is_terminal) as bar:
         task = bar.add_task("gallery", total=None)
         page = run(
             folder,
@@ -54,7 +52,7 @@ def build(
                 task, description=what, completed=done, total=total
             ),
         )
-    console.print(f"site: {page}", highlight=False, soft_wrap=True)
+    console().print(f"site: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -117,7 +115,7 @@ def serve(
         )
         if draw:
             artist.start()
-        console.print(f"gallery: {address} (stop with Ctrl+C)", highlight=False, soft_wrap=True)
+        console().print(f"gallery: {address} (stop with Ctrl+C)", highlight=False, soft_wrap=True)
         try:
             # a stream that waits for a job must not hold up the end
             uvicorn.run(

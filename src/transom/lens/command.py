@@ -7,11 +7,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import transom
 from transom.errors import SettingsError
+from transom.terminal import console
 
 
 def look(
@@ -59,7 +59,6 @@ def look(
     from transom.lens.look import LENSES
     from transom.lens.look import look as run
 
-    console = Console()
     wanted = [name.strip() for name in lens.split(",")]
     if unknown := [name for name in wanted if name not in LENSES]:
         raise SettingsError(f"there is no lens {unknown[0]!r}; lenses are {list(LENSES)}")
@@ -81,8 +80,8 @@ def look(
         )
         page = seen.save(out, f"{model}: {name}")
         for line in seen.summary:
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+            console().print(line, highlight=False, soft_wrap=True)
+        console().print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
 def _pictures(given: list[str]) -> str | list[str]:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from transom.measure.chair import Chair, Comparison, compare, score
 from transom.measure.mentions import read_captions, read_truth
-
-console = Console()
+from transom.terminal import console
 
 
 def chair(
@@ -67,16 +65,16 @@ def chair(
         }
     for name, row in rows.items():
         table.add_row(name, *_cells(row))
-    Console(width=max(120, console.width)).print(table)
+    console(at_least=120).print(table)
     if isinstance(found, Comparison):
         for name, d in found.differences.items():
-            console.print(
+            console().print(
                 f"{name}: {d.value:+.3f}, 95 % from {d.low:+.3f} to {d.high:+.3f}", highlight=False
             )
-        console.print(f"[bold]{found.verdict}[/]: {found.why}", highlight=False, soft_wrap=True)
+        console().print(f"[bold]{found.verdict}[/]: {found.why}", highlight=False, soft_wrap=True)
     if out is not None:
         out.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        console.print(f"written: {out}", highlight=False, soft_wrap=True)
+        console().print(f"written: {out}", highlight=False, soft_wrap=True)
 
 
 def _cells(row: Chair) -> list[str]:
