@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from transom.errors import SettingsError
 from transom.front import Front
-from transom.settings import check
+from transom.settings import check, freeze
 from transom.slots import Fill
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check(self, self.slug)
+        freeze(self)
 
     @abstractmethod
     def fit(self, host: Host) -> list[Fill]:

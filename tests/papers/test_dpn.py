@@ -143,7 +143,7 @@ def test_the_loss_pushes_routers_towards_stronger_pooling() -> None:
     for step in range(60):
         probs = (router(c)).softmax(-1)
         loss = routing_loss([probs])
-        before = before if step else float(loss)
+        before = before if step else float(loss.detach())
         after = float(loss)
         optimizer.zero_grad()
         loss.backward()

@@ -233,10 +233,6 @@ class FNA(Method):
     needs_grid: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("kernel_size", "stride", "dilation", "is_causal"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
-                object.__setattr__(self, name, tuple(value))
         near = self._near()
         for kernel, stride, dilation in zip(
             near.kernel_size, near.stride, near.dilation, strict=True

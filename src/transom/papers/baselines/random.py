@@ -18,6 +18,7 @@ from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.ops import padded
 from transom.registry import Method
+from transom.settings import counts_left, named_blocks, one_a_block
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -113,10 +114,6 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "counts"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
         if not 0 < self.keep_rate <= 1:
             raise SettingsError(
                 f"keep_rate is {self.keep_rate!r}; expected the part of patch tokens that stays: "
@@ -126,25 +123,10 @@ class Random(Method):
     def fit(self, host: Host) -> list[Fill]:
         depth = host.depth
         if self.counts is not None:
-            if len(self.counts) != depth:
-                raise SettingsError(
-                    f"counts lists {len(self.counts)} blocks, but the host has {depth}"
-                )
-            low = [n for n in self.counts if n <= host.prefix]
-            if low:
-                raise SettingsError(
-                    f"counts holds {low[0]}, but this host has {host.prefix} prefix tokens that "
-                    "always stay; expected more"
-                )
-            return [self._fill(i, count) for i, count in enumerate(self.counts)]
-        layers = self.layers
-        if layers is None:
-            layers = tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))
-        outside = [i for i in layers if not 0 <= i < depth]
-        if outside:
-            raise SettingsError(
-                f"layers names block {outside[0]}, but the host has blocks 0 to {depth - 1}"
-            )
+            counts = one_a_block(self.counts, depth, "counts")
+            counts_left(counts, host.prefix)
+            return [self._fill(i, count) for i, count in enumerate(counts)]
+        layers = named_blocks(self.layers, depth)
         reduces = [i in layers and self.keep_rate < 1 for i in range(depth)]
         return [self._fill(i, None) if on else Fill() for i, on in enumerate(reduces)]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.registry import Method, Takes
+from transom.settings import named_blocks, one_a_block
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -87,10 +88,6 @@ class RandomVisual(Method):
     takes: ClassVar[Takes] = "decoder"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "counts"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
         if not 0 <= self.keep_rate <= 1:
             raise SettingsError(
                 f"keep_rate is {self.keep_rate!r}; expected the part of image tokens that stays: "
@@ -100,19 +97,9 @@ class RandomVisual(Method):
     def fit(self, host: Host) -> list[Fill]:
         depth = host.depth
         if self.counts is not None:
-            if len(self.counts) != depth:
-                raise SettingsError(
-                    f"counts lists {len(self.counts)} layers, but the decoder has {depth}"
-                )
-            return [self._fill(i, count) for i, count in enumerate(self.counts)]
-        layers = self.layers
-        if layers is None:
-            layers = tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))
-        outside = [i for i in layers if not 0 <= i < depth]
-        if outside:
-            raise SettingsError(
-                f"layers names layer {outside[0]}, but this decoder has layers 0 to {depth - 1}"
-            )
+            counts = one_a_block(self.counts, depth, "counts")
+            return [self._fill(i, count) for i, count in enumerate(counts)]
+        layers = named_blocks(self.layers, depth)
         reduces = [i in layers and self.keep_rate < 1 for i in range(depth)]
         return [self._fill(i, None) if on else Fill() for i, on in enumerate(reduces)]
 

@@ -12,6 +12,7 @@ from typing import Any
 from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.registry import Method
+from transom.settings import counts_left, one_a_block
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -57,23 +58,13 @@ class Slice(Method):
     counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", tuple(self.counts))
         if any(count < 1 for count in self.counts):
             raise SettingsError(f"counts is {self.counts!r}; expected numbers of at least 1")
 
     def fit(self, host: Host) -> list[Fill]:
-        if len(self.counts) > host.depth:
-            raise SettingsError(
-                f"counts lists {len(self.counts)} blocks, but the host has {host.depth}"
-            )
-        low = [n for n in self.counts if n <= host.prefix]
-        if low:
-            raise SettingsError(
-                f"counts holds {low[0]}, but this host has {host.prefix} prefix tokens that "
-                "always stay; expected more"
-            )
+        counts_left(self.counts, host.prefix)
         fills = [Fill(tokens=KeepFirst(n), asks=False, drops=True) for n in self.counts]
-        return fills + [Fill()] * (host.depth - len(fills))
+        return one_a_block(fills, host.depth, "counts", rest=Fill())
 
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:

@@ -135,8 +135,7 @@ class ImbalancedAttention(Method):
 
     def __post_init__(self) -> None:
         for name in ("local", "summary"):
-            patches = tuple(getattr(self, name))
-            object.__setattr__(self, name, patches)
+            patches = getattr(self, name)
             if any(p < 0 for p in patches):
                 raise SettingsError(f"{name} is {patches!r}; expected patches counted from 0")
         if set(self.local) & set(self.summary):

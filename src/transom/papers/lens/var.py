@@ -163,8 +163,6 @@ class VAR(Method):
     takes: ClassVar[Takes] = "decoder"
 
     def __post_init__(self) -> None:
-        if self.channels is not None:
-            object.__setattr__(self, "channels", tuple(self.channels))
         for name in ("rho", "total", "keep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; expected from 0 to 1")

@@ -108,7 +108,6 @@ class VHR(Method):
     takes: ClassVar[Takes] = "decoder"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", tuple(tuple(h) for h in self.heads))
         if self.alpha < 0:
             raise SettingsError(f"alpha is {self.alpha!r}; expected a factor of at least 0")
         if any(h < 0 for heads in self.heads for h in heads):

@@ -357,8 +357,7 @@ class DPN(Method):
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            layers = tuple(self.layers)
-            object.__setattr__(self, "layers", layers)
+            layers = self.layers
             if list(layers) != sorted(set(layers)) or any(i < 0 for i in layers):
                 raise SettingsError(f"layers is {layers}; expected rising numbers of layers from 0")
             if len(self.strides) != len(layers):

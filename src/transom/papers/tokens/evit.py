@@ -32,6 +32,7 @@ from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.ops import matching, padded, rows
 from transom.registry import Method, Training
+from transom.settings import named_blocks, one_a_block
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -131,10 +132,6 @@ class EViT(Method):
     needs_class_token = True
 
     def __post_init__(self) -> None:
-        for name in ("keep_rate", "layers", "override"):
-            value = getattr(self, name)
-            if not isinstance(value, float | int | None):
-                object.__setattr__(self, name, tuple(value))
         for name in ("keep_rate", "override"):
             value = getattr(self, name)
             if value is not None and any(not 0 < rate <= 1 for rate in _many(value)):
@@ -157,30 +154,16 @@ class EViT(Method):
 
     def _rates(self, depth: int) -> list[float]:
         if isinstance(self.keep_rate, tuple):
-            if len(self.keep_rate) != depth:
-                raise SettingsError(
-                    f"keep_rate lists {len(self.keep_rate)} blocks, but the host has {depth}"
-                )
-            return list(self.keep_rate)
-        layers = self.layers
-        if layers is None:
-            layers = tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))
-        outside = [i for i in layers if not 0 <= i < depth]
-        if outside:
-            raise SettingsError(
-                f"layers names block {outside[0]}, but the host has blocks 0 to {depth - 1}"
-            )
+            return one_a_block(self.keep_rate, depth, "keep_rate")
+        layers = named_blocks(self.layers, depth)
         return [self.keep_rate if i in layers else 1.0 for i in range(depth)]
 
     def _overrides(self, rates: list[float]) -> list[float]:
         if self.override is None:
             return rates
-        given = _many(self.override)
-        if isinstance(self.override, tuple) and len(given) != len(rates):
-            raise SettingsError(
-                f"override lists {len(given)} blocks, but the host has {len(rates)}"
-            )
-        return list(given) if isinstance(self.override, tuple) else [given[0]] * len(rates)
+        if isinstance(self.override, tuple):
+            return one_a_block(self.override, len(rates), "override")
+        return [self.override] * len(rates)
 
     def training(self, start: float = 0.0, end: float = 1 / 3, **options: Any) -> Training:
         """The keep-rate schedule of the paper.

@@ -37,6 +37,7 @@ from transom.errors import SettingsError
 from transom.hosts.base import Host
 from transom.ops import matching, padded
 from transom.registry import Method
+from transom.settings import one_a_block
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -150,10 +151,6 @@ class PiToMe(Method):
     prune: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "margin", "matching"):
-            value = getattr(self, name)
-            if not isinstance(value, str | float | int):
-                object.__setattr__(self, name, tuple(value))
         ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
         if any(not 0.5 <= ratio <= 1 for ratio in ratios):
             raise SettingsError(
@@ -186,9 +183,9 @@ class PiToMe(Method):
         sizes = kind != "text" if self.prop_attn == "auto" else self.prop_attn
         fills = []
         if isinstance(self.ratio, tuple):
-            ratios = _per_block(self.ratio, host.depth, "ratio")
+            ratios = one_a_block(self.ratio, host.depth, "ratio")
         else:
-            ratios = (self.ratio,) * host.depth
+            ratios = [self.ratio] * host.depth
         for i, (ratio, margin, pick) in enumerate(zip(ratios, margins, kinds, strict=True)):
             if kind == "text" and self.matching == "auto" and i >= TEXT_BLOCKS:
                 fills.append(Fill(size_bias=sizes))
@@ -206,7 +203,7 @@ class PiToMe(Method):
 
     def _margins(self, kind: str, depth: int) -> list[float]:
         if isinstance(self.margin, tuple):
-            return [float(m) for m in _per_block(self.margin, depth, "margin")]
+            return [float(m) for m in one_a_block(self.margin, depth, "margin")]
         if not isinstance(self.margin, str):
             return [float(self.margin)] * depth
         start, slope = MARGINS[kind if self.margin == "auto" else self.margin]
@@ -214,7 +211,7 @@ class PiToMe(Method):
 
     def _kinds(self, kind: str, depth: int) -> list[str]:
         if isinstance(self.matching, tuple):
-            return [str(k) for k in _per_block(self.matching, depth, "matching")]
+            return [str(k) for k in one_a_block(self.matching, depth, "matching")]
         if self.matching != "auto":
             return [self.matching] * depth
         if kind == "text":
@@ -244,12 +241,6 @@ class PiToMe(Method):
     @classmethod
     def neutral(cls) -> dict[str, Any]:
         return {"ratio": 1.0}
-
-
-def _per_block(values: tuple[Any, ...], depth: int, name: str) -> tuple[Any, ...]:
-    if len(values) != depth:
-        raise SettingsError(f"{name} lists {len(values)} blocks, but the host has {depth}")
-    return values
 
 
 def host_kind(host: Host) -> str:

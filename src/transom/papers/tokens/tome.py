@@ -29,6 +29,7 @@ from transom.errors import SettingsError, TokensError
 from transom.hosts.base import Host
 from transom.ops import matching, padded
 from transom.registry import Method
+from transom.settings import one_a_block, removals
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -106,14 +107,7 @@ class ToMe(Method):
     kth: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int):
-            object.__setattr__(self, "r", tuple(self.r))
-        numbers = (self.r,) if isinstance(self.r, int) else self.r
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-            raise SettingsError(
-                f"r is {self.r!r}; expected tokens to remove a block: an integer >= 0 or a "
-                "sequence of them"
-            )
+        removals(self.r)
         if not -1 <= self.inflect <= 1:
             raise SettingsError(f"inflect is {self.inflect!r}; expected a slope from -1 to 1")
         if self.kth is not None and self.kth < 1:
@@ -137,9 +131,7 @@ class ToMe(Method):
         """
         if isinstance(self.r, int):
             return schedule(self.r, self.inflect, depth)
-        if len(self.r) > depth:
-            raise SettingsError(f"r lists {len(self.r)} blocks, but the host has {depth}")
-        return [*self.r, *[0] * (depth - len(self.r))]
+        return one_a_block(self.r, depth, "r", rest=0)
 
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:

@@ -95,7 +95,6 @@ class DecoderSteps(Method):
     needs_training = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps))
         if not self.steps or len(set(self.steps)) < len(self.steps):
             raise SettingsError(
                 f"steps is {self.steps}; expected one or more of {STEPS}, each once"

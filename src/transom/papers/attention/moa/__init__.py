@@ -228,10 +228,6 @@ class MoA(Method):
     takes: ClassVar[Takes] = "decoder"
 
     def __post_init__(self) -> None:
-        for name in ("alphas", "betas"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(tuple(row) for row in value))
         self._cut()
         if (self.alphas is None) != (self.betas is None):
             raise SettingsError("a plan needs both alphas and betas, or neither")

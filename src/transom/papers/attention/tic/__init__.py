@@ -57,6 +57,7 @@ from transom.papers.attention.tic.operator import (
     windows,
 )
 from transom.registry import Backbone, Method, Offer
+from transom.settings import named_blocks
 from transom.slots import Fill
 from transom.tokens import Record
 
@@ -180,16 +181,10 @@ class TiC(Method):
         checked_window(self.kernel)
         if self.dilation < 1:
             raise SettingsError(f"dilation is {self.dilation}; expected at least 1")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     def fit(self, host: Host) -> list[Fill]:
-        layers = range(host.depth) if self.layers is None else self.layers
-        outside = [i for i in layers if not 0 <= i < host.depth]
-        if outside:
-            raise SettingsError(
-                f"layers names block {outside[0]}, but the host has blocks 0 to {host.depth - 1}"
-            )
+        every = range(host.depth)
+        layers = named_blocks(every if self.layers is None else self.layers, host.depth)
         operator = WindowAttention(self.kernel, self.dilation, self.border == "mask")
         return [Fill(attention=operator if i in layers else None) for i in range(host.depth)]
 

@@ -76,11 +76,9 @@ class UnifiedNorm(Method):
 
     def __post_init__(self) -> None:
         given = self.window_size
-        sizes = (given,) if isinstance(given, int) else tuple(given)
+        sizes = (given,) if isinstance(given, int) else given
         if min(sizes) < 1:
             raise SettingsError(f"window_size is {given!r}; expected batches, 1 or more")
-        if not isinstance(given, int):
-            object.__setattr__(self, "window_size", sizes)
         if self.warmup_iters < 0:
             raise SettingsError(f"warmup_iters is {self.warmup_iters}; expected 0 or more steps")
         if self.eps <= 0:

@@ -18,6 +18,7 @@ from transom.papers.tokens.crossget.cross import (
     refuse_without_room,
 )
 from transom.registry import Method
+from transom.settings import one_a_block, removals
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -123,14 +124,7 @@ class CrossGET(Method):
     importance: Literal["query", "received"] = "query"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int):
-            object.__setattr__(self, "r", tuple(self.r))
-        numbers = (self.r,) if isinstance(self.r, int) else self.r
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-            raise SettingsError(
-                f"r is {self.r!r}; expected tokens to remove a block: an integer >= 0 or a "
-                "sequence of them"
-            )
+        removals(self.r)
         if self.cross and not self.guided:
             raise SettingsError(
                 "cross=True with guided=False: a cross token guides the merging, so leave cross "
@@ -171,9 +165,7 @@ class CrossGET(Method):
         """
         if isinstance(self.r, int):
             return [self.r] * depth
-        if len(self.r) > depth:
-            raise SettingsError(f"r lists {len(self.r)} blocks, but the host has {depth}")
-        return [*self.r, *[0] * (depth - len(self.r))]
+        return one_a_block(self.r, depth, "r", rest=0)
 
     @classmethod
     def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:

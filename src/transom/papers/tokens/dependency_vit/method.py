@@ -136,8 +136,6 @@ class Dependency(Method):
     needs_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.prune_layers is not None:
-            object.__setattr__(self, "prune_layers", tuple(self.prune_layers))
         if not 0 <= self.prune_ratio < 1:
             raise SettingsError(
                 f"prune_ratio is {self.prune_ratio}; expected a part of the patches, at least 0 "
