@@ -92,3 +92,20 @@ def test_two_processes_share_the_work(tmp_path: Path, path: Path) -> None:
     assert one["steps"] == two["steps"] == 12
     assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
     assert two["test_images"] == one["test_images"]
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other(tmp_path: Path, path: Path) -> None:
+    """Without a GPU accelerate makes no group of them, and two runs would write one folder."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "transom.cli", "train", str(path), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "2 processes were launched, but each would train alone" in done.stderr
+    assert not out.exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +135,8 @@ def train(
     Raises:
         SettingsError: the recipe asks for what does not exist or does not fit together.
         DataError: the data cannot be used.
-        TrainingError: the loss is no finite number; or `out` holds a run of another recipe.
+        TrainingError: the loss is no finite number; `out` holds a run of another recipe; or the
+            processes that were launched do not find each other.
         CheckpointError: a checkpoint cannot be written or read.
     """
     run = _Run(recipe, Path(out), fresh)
@@ -417,6 +419,13 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise SettingsError(f"accelerate refuses precision {recipe.precision}: {error}") from error
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > accelerator.num_processes == 1:
+        # without a GPU accelerate overlooks a launch for FSDP: each process would train alone
+        raise TrainingError(
+            f"{processes} processes were launched, but each would train alone, because accelerate "
+            f"found no GPU; give device=cpu to share the work on a CPU, and leave FSDP to GPUs"
+        )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise SettingsError("precision is fp16, which needs a GPU; use bf16 or fp32 on the CPU")
     if recipe.ema is not None and str(accelerator.distributed_type).endswith("FSDP"):
