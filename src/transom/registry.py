@@ -139,8 +139,6 @@ class Method(ABC):
     """Whether hosts whose patches have no known grid are refused."""
     keeps_order: ClassVar[bool] = False
     """Whether tokens stay in their order, and the last one of a text that is read from it stays."""
-    needs_training: ClassVar[bool] = False
-    """Whether new parameters have no meaning before training; `apply` says so."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,6 +158,11 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check(self, self.slug)
         freeze(self)
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether new parameters have no meaning before training; `apply` says so."""
+        return False
 
     @abstractmethod
     def fit(self, host: Host) -> list[Fill]:

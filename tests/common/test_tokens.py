@@ -180,7 +180,7 @@ def test_maps_of_a_backbone(method: str) -> None:
     fitted(model, method)
     maps = model(x).feature_maps
     assert [m.shape for m in maps] == [m.shape for m in plain] == [(2, WIDTH, 4, 4)] * 3
-    if transom.registry.methods()[method].needs_training:
+    if transom.registry.methods()[method]().needs_training:
         return  # untrained parts owe the host's features nothing
     for a, b in zip(maps, plain, strict=True):
         # what was not reduced yet is where it was

@@ -217,7 +217,7 @@ def test_what_needs_no_training_is_compared_by_default(images: Tensor) -> None:
     assert {"plain", "random", "tome", "pitome", "evit", "crossget"} <= rows
     for slug in rows - {"plain", "random"}:
         cls = registry.methods()[slug]
-        assert cls.takes == "encoder" and not cls.needs_training
+        assert cls.takes == "encoder" and not cls().needs_training
     assert all(row.control == {} for row in result.rows)
 
 

@@ -144,7 +144,7 @@ def test_the_loss_pushes_routers_towards_stronger_pooling() -> None:
         probs = (router(c)).softmax(-1)
         loss = routing_loss([probs])
         before = before if step else float(loss.detach())
-        after = float(loss)
+        after = float(loss.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -99,7 +99,7 @@ def test_every_method_for_images_that_chooses_without_training_is_tried() -> Non
     chosen = {
         slug
         for slug, cls in registry.methods().items()
-        if ".tokens." in cls.__module__ and cls.takes == "encoder" and not cls.needs_training
+        if ".tokens." in cls.__module__ and cls.takes == "encoder" and not cls().needs_training
     }
     assert chosen == set(METHODS)
 

@@ -140,7 +140,7 @@ def paper(slug: str, pictures: Sequence[Picture], urls: Urls) -> dict[str, Any]:
         "paper": dataclasses.replace(found, related=related),
         "slugs": load_cards(),
         "needs": needs,
-        "needs_training": bool(method and method.needs_training),
+        "needs_training": bool(method and method().needs_training),
         "try_it": bool(method and method.takes == "encoder"),
     }
 

@@ -58,7 +58,8 @@ class Index:
 
 def build(documents: Iterable[Document]) -> Index:
     """The index of some documents, in their order."""
-    shown, terms = [], {}  # type: ignore[var-annotated]
+    shown: list[tuple[str, str, str, int]] = []
+    terms: dict[str, list[int]] = {}
     for number, document in enumerate(documents):
         shown.append((document.title, document.href, document.says, int(document.runs)))
         weights: dict[str, int] = {}

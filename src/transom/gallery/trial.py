@@ -61,7 +61,7 @@ def methods() -> dict[str, str]:
 
     found: dict[str, tuple[bool, str]] = {}
     for slug, method in registry.methods().items():
-        seen = anatomy(slug) if method.takes == "encoder" and not method.needs_training else None
+        seen = anatomy(slug) if method.takes == "encoder" and not method().needs_training else None
         if seen is None or slug == "slice":
             continue
         says = lead(registry.rooms()[slug].module.__doc__)

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -390,7 +390,7 @@ class GAAM(Method):
     combine: Combine = "product"
     rescale: bool = False
     seed: int = 0
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         for name in ("heads", "gaussians"):

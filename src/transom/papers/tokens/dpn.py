@@ -374,7 +374,7 @@ class DPN(Method):
             raise SettingsError(f"pooling is {self.pooling!r}; expected 'max' or 'average'")
 
     @property
-    def needs_training(self) -> bool:  # type: ignore[override]
+    def needs_training(self) -> bool:
         """Whether routers are there to be trained."""
         return self.adaptive
 

@@ -160,7 +160,7 @@ class DyVTE(Method):
             raise SettingsError(f"width is {self.width!r}; expected at least one hidden channel")
 
     @property
-    def needs_training(self) -> bool:  # type: ignore[override]
+    def needs_training(self) -> bool:
         """Whether routers are there to be trained."""
         return self.exit_layer is None
 

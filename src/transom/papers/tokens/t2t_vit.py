@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -267,7 +267,7 @@ class T2T(Method):
 
     tokens_type: Kind = "performer"
     token_dim: int = 64
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         if self.tokens_type not in ("performer", "transformer"):

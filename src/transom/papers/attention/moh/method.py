@@ -171,7 +171,7 @@ class MoH(Method):
         object.__setattr__(self, "takes", self.host)
 
     @property
-    def needs_training(self) -> bool:  # type: ignore[override]
+    def needs_training(self) -> bool:
         """Whether routers are there to be trained."""
         return self.router == "learned"
 

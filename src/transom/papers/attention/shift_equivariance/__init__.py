@@ -37,7 +37,7 @@ results of the paper were not reproduced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -100,7 +100,7 @@ class ShiftEquivariance(Method):
     norm: bool = True
     init: Literal["official", "zero"] = "official"
     seed: int = 0
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def fit(self, host: Host) -> list[Fill]:
         return [Fill()] * host.depth

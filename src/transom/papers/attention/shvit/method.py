@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class SingleHead(Method):
 
     partial_ratio: float = 3 / 14
     qk_dim: int = 16
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         if not 0 < self.partial_ratio <= 1:

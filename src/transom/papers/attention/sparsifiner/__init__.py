@@ -136,7 +136,7 @@ class Sparsifiner(Method):
     path: Path = "auto"
     seed: int = 0
     needs_grid: ClassVar[bool] = True
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         self._budget()

@@ -127,7 +127,7 @@ class TransNeXtBlock(Method):
     sr_ratio: int = 2
     mlp_ratio: float = 4.0
     needs_grid: ClassVar[bool] = True
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.window % 2 == 0:

@@ -149,7 +149,7 @@ class Quantizable(Method):
         object.__setattr__(self, "takes", self.host)
 
     @property
-    def needs_training(self) -> bool:  # type: ignore[override]
+    def needs_training(self) -> bool:
         """Whether a host that was not trained with it computes something else."""
         clips = bool(self.gamma if self.alpha is None else self.alpha) or self.zeta != 1
         return clips or (self.gate != "none" and not self.finetune)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class Dependency(Method):
     prune_layers: tuple[int, ...] | None = None
     temperature: float = 0.1
     seed: int = 0
-    needs_training: ClassVar[bool] = True
+    needs_training = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_ratio < 1:
