@@ -1,9 +1,9 @@
 """What timm expects of a model, written once for the architectures that rooms bring.
 
-A :class:`Network` runs units, blocks of one width (:class:`Isotropic`) or stages of growing width
-(:class:`Staged`), and knows their head, pooling, checkpointing, intermediate features and pruning.
-A room writes only what is its paper's: how the units are made and run (`trunk`), and what stands
-behind the last one (`final`).
+A :class:`Network` runs units, and knows their head, pooling, checkpointing, intermediate features
+and pruning. Units are blocks of one width (:class:`Isotropic`), or stages of growing width, over
+maps (:class:`Staged`) or over tokens (:class:`Tokens`). A room writes only what is its paper's: how
+the units are made and run (`trunk`), and what stands behind the last one (`final`).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Network(nn.Module):
 
     head: nn.Module
     head_drop: nn.Dropout
+    norm: nn.Module
 
     def __init__(
         self, num_classes: int, global_pool: str, feature_info: list[dict[str, Any]]
@@ -102,6 +103,11 @@ class Network(nn.Module):
         self.feature_info = feature_info
         self.num_features = self.head_hidden_size = self.embed_dim = feature_info[-1]["num_chs"]
         self.grad_checkpointing = False
+
+    @property
+    def body(self) -> Any:
+        """The module that holds blocks, norm and head."""
+        return self
 
     @abstractmethod
     def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
@@ -128,6 +134,11 @@ class Network(nn.Module):
     def shown(self, x: Any, format: Format) -> Tensor:
         """Features of a unit in a format."""
 
+    def bare(self, x: Any) -> Tensor:
+        """Features of a unit without what travels with them."""
+        y: Tensor = x
+        return y
+
     def prefix(self, x: Any) -> Tensor:
         """Class tokens within the features of a unit."""
         raise SettingsError(f"{type(self).__name__} has no prefix tokens to return")
@@ -137,7 +148,7 @@ class Network(nn.Module):
         """Drop all units but the first `count`."""
 
     def heads(self) -> dict[str, nn.Module | None]:
-        """Fresh heads by attribute, for `num_classes` and `head_hidden_size`."""
+        """Fresh heads by attribute of the body, for `num_classes` and `head_hidden_size`."""
         return {"head": classifier(self.head_hidden_size, self.num_classes)}
 
     def check_pool(self, name: str, num_classes: int) -> None:
@@ -205,7 +216,7 @@ class Network(nn.Module):
             shown = [(y, self.prefix(one)) for y, one in zip(shown, found, strict=True)]
         if intermediates_only:
             return shown
-        return (self.final(y) if count == units or not self.grows else y), shown
+        return (self.final(y) if count == units or not self.grows else self.bare(y)), shown
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -232,8 +243,8 @@ class Network(nn.Module):
 
     def drop_norm(self) -> None:
         """Put the identity in the place of the final norm, if there is one."""
-        if hasattr(self, "norm"):
-            self.norm: nn.Module = nn.Identity()
+        if hasattr(self.body, "norm"):
+            self.body.norm = nn.Identity()
 
     def drop_head(self) -> None:
         """Leave the features of the last unit there is as they are."""
@@ -259,7 +270,7 @@ class Network(nn.Module):
         self.global_pool, self.num_classes = pool, num_classes
         like = next(self.parameters())
         for name, head in self.heads().items():
-            setattr(self, name, head if head is None else head.to(like).train(self.training))
+            setattr(self.body, name, head if head is None else head.to(like).train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -289,28 +300,59 @@ class Staged(Network):
         return x if pre_logits else self.head(x)
 
 
-class Isotropic(Network):
-    """Blocks of one width over tokens, and a norm behind them.
+class Tokens(Network):
+    """Units over tokens, and a norm behind the last.
 
-    What leaves a unit is a pair: tokens (B, N, D) and the grid (h, w) of their patches.
+    What leaves a unit is a tuple that begins with tokens (B, P + h w, D) and the grid (h, w) of
+    their patches.
+
+    Attributes:
+        num_prefix_tokens: class tokens P in front of the patches.
     """
 
     formats: ClassVar[tuple[Format, ...]] = ("NLC", "NCHW")
-    grows: ClassVar[bool] = False
 
+    num_prefix_tokens: int = 0
     blocks: nn.ModuleList
-    norm: nn.Module
+
+    def normed(self, x: Any, unit: int) -> Any:
+        fits = x[0].shape[-1] == self.num_features
+        return (self.body.norm(x[0]), x[1]) if fits else x
+
+    def shown(self, x: Any, format: Format) -> Tensor:
+        tokens: Tensor = x[0][:, self.num_prefix_tokens :]
+        return tokens if format == "NLC" else tokens.mT.unflatten(2, x[1]).contiguous()
+
+    def bare(self, x: Any) -> Tensor:
+        tokens: Tensor = x[0]
+        return tokens
+
+    def prefix(self, x: Any) -> Tensor:
+        if not self.num_prefix_tokens:
+            return super().prefix(x)
+        tokens: Tensor = x[0]
+        return tokens[:, : self.num_prefix_tokens]
+
+    def no_weight_decay(self) -> set[str]:
+        """Class tokens and positions: the parameters of no module within the network."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers."""
+        return {
+            "stem": r"^tokens|^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+class Isotropic(Tokens):
+    """Blocks of one width over tokens."""
+
+    grows: ClassVar[bool] = False
 
     def final(self, x: Any) -> Any:
         """The normed tokens."""
-        return self.norm(x[0])
-
-    def normed(self, x: Any, unit: int) -> Any:
-        return self.norm(x[0]), x[1]
-
-    def shown(self, x: Any, format: Format) -> Tensor:
-        tokens: Tensor = x[0]
-        return tokens if format == "NLC" else tokens.mT.unflatten(2, x[1]).contiguous()
+        return self.body.norm(x[0])
 
     def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
         """Logits (B, K) of normed tokens, or the pooled tokens (B, D)."""
@@ -319,4 +361,4 @@ class Isotropic(Network):
         return x if pre_logits else self.head(x)
 
     def cut(self, count: int) -> None:
-        self.blocks = self.blocks[:count]
+        self.body.blocks = self.body.blocks[:count]

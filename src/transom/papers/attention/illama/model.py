@@ -169,7 +169,6 @@ class ILLaMA(Isotropic):
         self.patch_size = patch_size
         self.head_width, self.rope_base = embed_dim // num_heads, rope_base
         self.soft_mask_rate = soft_mask_rate
-        self.num_prefix_tokens = 0
         self.grid = self._grid(img_size)
 
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
@@ -211,15 +210,6 @@ class ILLaMA(Isotropic):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return {"pos_embed", "cls_token"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups for layer decay."""
-        stem = r"^cls_token|^pos_embed|^patch_embed"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def set_input_size(self, img_size: int | Grid) -> None:
         """Interpolate the position table to another image size, for good.

@@ -144,17 +144,6 @@ class IsotropicSpectFormer(Isotropic):
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(narrow)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return {"pos_embed"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers."""
-        return {
-            "stem": r"^pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make positions and filters those of another image size, in pixels."""
         old = self.patch_embed.grid_size

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
+from transom.networks import Isotropic, narrow, rising
 
 Positions = Literal["learnable", "sine", "none"]
 
@@ -163,7 +163,9 @@ def sines(count: int, dim: int) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Tokens (B, N, D) to logits (B, C); the official `classifier`.
+    """What the network has behind its tokenizer; the official `classifier`.
+
+    The network around it runs the layers and brings the last linear map, `fc`.
 
     Args:
         grid: (h, w) of the tokens.
@@ -171,13 +173,14 @@ class Encoder(nn.Module):
         depth: layers.
         heads: H.
         mlp_ratio: width of the MLP over D.
-        num_classes: C; 0 for none.
         positions: kind of position table.
         seq_pool: pool the sequence instead of reading a class token.
         drop: dropout.
         attn_drop: dropout of the attention weights.
         drop_path: stochastic depth of the last layer; it rises linearly from 0.
     """
+
+    fc: nn.Module
 
     def __init__(
         self,
@@ -186,7 +189,6 @@ class Encoder(nn.Module):
         depth: int,
         heads: int,
         mlp_ratio: float,
-        num_classes: int,
         *,
         positions: Positions = "learnable",
         seq_pool: bool = True,
@@ -195,7 +197,7 @@ class Encoder(nn.Module):
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        self.grid, self.seq_pool, self.checkpointing = grid, seq_pool, False
+        self.grid, self.seq_pool = grid, seq_pool
         self.prefix = 0 if seq_pool else 1
         count = grid[0] * grid[1] + self.prefix
         if seq_pool:
@@ -221,13 +223,11 @@ class Encoder(nn.Module):
                 int(dim * mlp_ratio),
                 drop=drop,
                 attn_drop=attn_drop,
-                drop_path=drop_path * i / max(depth - 1, 1),
+                drop_path=rate,
             )
-            for i in range(depth)
+            for rate in rising(drop_path, depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init)
 
     def embed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens with class token and positions."""
@@ -245,11 +245,6 @@ class Encoder(nn.Module):
         new = F.interpolate(old, grid, mode="bilinear", align_corners=False)
         return torch.cat([table[:, : self.prefix], new.flatten(2).mT], 1)
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
-        """One layer, its activations recomputed in the backward pass if that was asked for."""
-        y: Tensor = checkpoint(block, x) if self.checkpointing else block(x)
-        return y
-
     def pool(self, x: Tensor) -> Tensor:
         """Normed tokens (B, N, D) to one vector (B, D)."""
         if not self.seq_pool:
@@ -258,14 +253,7 @@ class Encoder(nn.Module):
         return (weight.mT @ x)[:, 0]
 
 
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-class CompactTransformer(nn.Module):
+class CompactTransformer(Isotropic):
     """ViT-Lite, CVT and CCT with timm's interface.
 
     Args:
@@ -289,6 +277,9 @@ class CompactTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last layer.
     """
 
+    # "own" is the sequence pooling or the class token, whichever the network was made with
+    pools: ClassVar[tuple[str, ...]] = ("own", "")
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 32,
@@ -310,11 +301,8 @@ class CompactTransformer(nn.Module):
         attn_drop_rate: float = 0.1,
         drop_path_rate: float = 0.1,
     ) -> None:
-        super().__init__()
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        self.num_classes, self.num_features = num_classes, embed_dim
-        self.head_hidden_size = embed_dim
-        self.tokenizer = Tokenizer(
+        tokenizer = Tokenizer(
             kernel,
             (max(1, kernel // 2 - 1) if stride is None else stride) if convolutional else kernel,
             (max(1, kernel // 2) if padding is None else padding) if convolutional else 0,
@@ -326,101 +314,57 @@ class CompactTransformer(nn.Module):
             relu=convolutional,
             pool=(3, 2, 1) if convolutional else None,
         )
+        reduction = tokenizer.reduction
+        info = [
+            {"num_chs": embed_dim, "reduction": reduction, "module": f"classifier.blocks.{i}"}
+            for i in range(depth)
+        ]
+        super().__init__(num_classes, "own", info)
+        self.tokenizer = tokenizer
         self.classifier = Encoder(
-            _grid_of(self.tokenizer, size),
+            _grid_of(tokenizer, size),
             embed_dim,
             depth,
             num_heads,
             mlp_ratio,
-            num_classes,
             positions=positions,
             seq_pool=seq_pool,
             drop=drop_rate,
             attn_drop=attn_drop_rate,
             drop_path=drop_path_rate,
         )
-        reduction = self.tokenizer.reduction
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": reduction, "module": f"classifier.blocks.{i}"}
-            for i in range(depth)
-        ]
+        self.num_prefix_tokens = self.classifier.prefix
+        self.reset_classifier(num_classes)
+        self.classifier.apply(narrow)
 
-    def _embedded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    @property
+    def body(self) -> Encoder:
+        return self.classifier
+
+    def heads(self) -> dict[str, nn.Module | None]:
+        width, classes = self.head_hidden_size, self.num_classes
+        return {"fc": nn.Linear(width, classes) if classes else nn.Identity()}
+
+    def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
         maps = self.tokenizer.maps(x)
         grid = (maps.shape[2], maps.shape[3])
-        return self.classifier.embed(maps.flatten(2).mT, grid), grid
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normed tokens (B, N, D) of images."""
-        x, _ = self._embedded(x)
-        for block in self.classifier.blocks:
-            x = self.classifier.run(block, x)
-        y: Tensor = self.classifier.norm(x)
-        return y
+        x = self.classifier.embed(maps.flatten(2).mT, grid)
+        found = []
+        for i, block in enumerate(self.classifier.blocks[:count]):
+            x = self.run(block, x)
+            if i in take:
+                found.append((x, grid))
+        return (x, grid), found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, C) of normed tokens; the pooled vector (B, D) with `pre_logits`."""
-        pooled = self.classifier.pool(x)
-        y: Tensor = pooled if pre_logits else self.classifier.fc(pooled)
+        x = self.classifier.pool(x) if self.global_pool else x
+        y: Tensor = x if pre_logits else self.classifier.fc(x)
         return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps (B, D, h, w) after chosen layers, and the normed tokens, as in timm."""
-        if output_fmt != "NCHW":
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW'")
-        taken, last = feature_take_indices(len(self.classifier.blocks), indices)
-        x, grid = self._embedded(x)
-        maps = []
-        for i, block in enumerate(self.classifier.blocks):
-            if stop_early and i > last:
-                break
-            x = self.classifier.run(block, x)
-            if i in taken:
-                shown = self.classifier.norm(x) if norm else x
-                maps.append(shown[:, self.classifier.prefix :].mT.unflatten(2, grid).contiguous())
-        if intermediates_only:
-            return maps
-        return self.classifier.norm(x), maps
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Keep only the layers up to the last one of `indices`."""
-        taken, last = feature_take_indices(len(self.classifier.blocks), indices)
-        self.classifier.blocks = self.classifier.blocks[: last + 1]
-        if prune_norm:
-            self.classifier.norm = nn.Identity()  # type: ignore[assignment]
-        if prune_head:
-            self.reset_classifier(0)
-        return list(taken)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.classifier.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer; the pooling is part of the model and stays."""
-        self.num_classes = num_classes
-        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.classifier.fc = new.to(next(self.parameters()).device)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the layers in the backward pass instead of storing what is inside."""
-        self.classifier.checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters by depth, for layer decay."""

@@ -161,17 +161,6 @@ class DependencyViT(Isotropic):
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(narrow)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return {"pos_embed"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers."""
-        return {
-            "stem": r"^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
     def embed(self, x: Tensor) -> Flow:
         """Tokens of images (B, 3, H, W), as they enter the first block."""
         return Flow(self.patch_embed(x) + self.pos_embed)
