@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from transom.errors import SettingsError, TokensError
+from transom.networks import Tokens
 from transom.papers.compression.vit_resnas.definition import BlockDef, Definition, ReduceDef
 from transom.papers.compression.vit_resnas.layers import (
     Absent,
@@ -21,14 +20,26 @@ from transom.papers.compression.vit_resnas.layers import (
     Kept,
     PatchEmbed,
     SpatialReduction,
-    as_map,
     reduced,
     resized,
 )
 from transom.papers.compression.vit_resnas.masks import MaskedLayerNorm, leading
 
 
-class ViTResNAS(nn.Module):
+class Flow(NamedTuple):
+    """What travels between the layers.
+
+    x: (B, P + h w, D) tokens.
+    grid: (h, w) of the patches.
+    mask: (B, 1, D) bool, channels that stay; None for all.
+    """
+
+    x: Tensor
+    grid: Grid
+    mask: Tensor | None
+
+
+class ViTResNAS(Tokens):
     """Multi-stage vision transformer made from a network definition.
 
     Args:
@@ -49,6 +60,12 @@ class ViTResNAS(nn.Module):
         SettingsError: the definition is wrong, or patch_output and distilled come together.
     """
 
+    pools: ClassVar[tuple[str, ...]] = ("token", "")
+
+    cls_head: nn.Module
+    dst_head: nn.Module | None
+    patch_head: nn.Module | None
+
     def __init__(
         self,
         network_def: Definition | Sequence[Any],
@@ -62,8 +79,7 @@ class ViTResNAS(nn.Module):
         distilled: bool = False,
         patch_output: bool = False,
     ) -> None:
-        super().__init__()
-        self.definition = given = Definition.parse(network_def)
+        given = Definition.parse(network_def)
         if patch_output and distilled:
             raise SettingsError(
                 "patch_output and distilled are both set; a network has one second output"
@@ -73,14 +89,12 @@ class ViTResNAS(nn.Module):
                 f"patch_size is {patch_size}; the convolutional patch embedding halves it, so "
                 "expected an even number (the paper's is 14)"
             )
-        self.patch_size, self.in_chans, self.grid = patch_size, in_chans, (0, 0)
-        self.num_classes = given.classes if num_classes is None else num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = given.width
+        classes = given.classes if num_classes is None else num_classes
+        super().__init__(classes, global_pool, _stages(given, patch_size))
+        self.definition, self.patch_size, self.in_chans = given, patch_size, in_chans
         self.num_prefix_tokens = 2 if distilled else 1
-        self.grad_checkpointing = False
-        self._check_pool(global_pool)
-        grid = self._grid(img_size)
-        self.grid = grid
+        self.patch_output = patch_output
+        self.grid = grid = self._grid(img_size)
 
         dim, mid = given.embed
         self.patch_embed: nn.Module = (
@@ -94,10 +108,7 @@ class ViTResNAS(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(self._layers(given, grid, drop_path_rate))
         self.norm: nn.Module = MaskedLayerNorm(given.width)
-        self.cls_head = self._head()
-        self.dst_head = self._head() if distilled else None
-        self.patch_head = self._head() if patch_output else None
-        self.feature_info = self._stages(given)
+        self.reset_classifier(classes)
         self.init_weights()
 
     def _layers(self, given: Definition, grid: Grid, rate: float) -> list[nn.Module]:
@@ -113,20 +124,13 @@ class ViTResNAS(nn.Module):
                 made.append(Block(layer, drop) if layer.exists else Absent())
         return made
 
-    def _stages(self, given: Definition) -> list[dict[str, Any]]:
-        dim, stride, stages = given.embed.dim, self.patch_size, []
-        for i, layer in enumerate(given.layers):
-            if isinstance(layer, ReduceDef):
-                stages.append({"num_chs": dim, "reduction": stride, "module": f"blocks.{i - 1}"})
-                dim, stride = layer.out, 2 * stride
-        last = f"blocks.{len(given.layers) - 1}"
-        return [*stages, {"num_chs": dim, "reduction": stride, "module": last}]
-
-    def _head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        like = self.tokens
-        return nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+    def heads(self) -> dict[str, nn.Module | None]:
+        width, classes = self.num_features, self.num_classes
+        there = (True, self.num_prefix_tokens == 2, self.patch_output)
+        return {
+            name: (nn.Linear(width, classes) if classes else nn.Identity()) if wanted else None
+            for name, wanted in zip(("cls_head", "dst_head", "patch_head"), there, strict=True)
+        }
 
     def _grid(self, img_size: int | Sequence[int]) -> Grid:
         h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -135,13 +139,6 @@ class ViTResNAS(nn.Module):
                 f"img_size is {img_size}; expected multiples of the patch, {self.patch_size} pixels"
             )
         return h // self.patch_size, w // self.patch_size
-
-    def _check_pool(self, global_pool: str) -> None:
-        if global_pool not in ("", "token"):
-            raise SettingsError(
-                f"global_pool is {global_pool!r}; expected 'token' (the class token) or '' (all)"
-            )
-        self.global_pool = global_pool
 
     def init_weights(self) -> None:
         """Truncated normal of 0.02 for linear layers, tokens and positions; biases zero."""
@@ -164,32 +161,12 @@ class ViTResNAS(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed."""
-        return {"tokens", "pos_embed"} | {
-            name for name, _ in self.named_parameters() if name.endswith(".pos_embed")
-        }
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups for layer decay."""
-        stem = r"^tokens|^pos_embed|^patch_embed"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the layers in the backward pass."""
-        self.grad_checkpointing = enable
+        """Class tokens and positions, those of the reductions too."""
+        return {"tokens"} | {n for n, _ in self.named_parameters() if n.endswith("pos_embed")}
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The head, or both heads with a distillation token."""
         return self.cls_head if self.dst_head is None else (self.cls_head, self.dst_head)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads; 0 classes for none."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self._check_pool(global_pool)
-        self.cls_head = self._head()
-        self.dst_head = None if self.dst_head is None else self._head()
-        self.patch_head = None if self.patch_head is None else self._head()
 
     def set_input_size(self, img_size: int | Grid) -> None:
         """Interpolate the position tables to another image size, for good.
@@ -227,39 +204,43 @@ class ViTResNAS(nn.Module):
         x = x + resized(self.pos_embed, self.grid, grid, self.num_prefix_tokens)
         return self.pos_drop(x), grid
 
-    def _run(
+    def trunk(
         self,
         x: Tensor,
-        kept: Sequence[Kept] | None,
-        stages: list[tuple[Tensor, Grid, Tensor | None]],
-        upto: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens behind the last layer and the mask of their channels; fills `stages`."""
+        count: int,
+        take: Collection[int] = (),
+        kept: Sequence[Kept] | None = None,
+    ) -> tuple[Flow, list[Flow]]:
+        """As everywhere; `kept` as in :meth:`forward_features`."""
         x, grid = self.embed(x)
-        first = None if kept is None else kept[0].dim
-        mask = None if first is None else leading(first, x.shape[-1])
-        x = x if mask is None else x * mask
+        x, mask = _masked(x, None if kept is None else kept[0])
+        ends = []
         for i, layer in enumerate(self.blocks):
             now = None if kept is None else kept[1 + i]
-            if isinstance(layer, SpatialReduction):
-                stages.append((x, grid, mask))
-                if upto is not None and len(stages) > upto:
-                    return x, mask
-                x = self._call(layer, x, grid, mask)
-                grid = reduced(grid)
-                mask = None
-                if now is not None and now.dim is not None:
-                    mask = leading(now.dim, x.shape[-1])
-                    x = x * mask
-            else:
-                x = self._call(layer, x, mask, now)
-        stages.append((x, grid, mask))
-        return x, mask
+            if not isinstance(layer, SpatialReduction):
+                x = self.run(layer, x, mask, now)
+                continue
+            ends.append(Flow(x, grid, mask))
+            if len(ends) == count:
+                break
+            x, mask = _masked(self.run(layer, x, grid, mask), now)
+            grid = reduced(grid)
+        else:
+            ends.append(Flow(x, grid, mask))
+        return ends[-1], [end for i, end in enumerate(ends) if i in take]
 
-    def _call(self, layer: nn.Module, *args: Any) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint(layer, *args)
-        return layer(*args)
+    def final(self, x: Flow) -> Tensor:
+        """The normed tokens."""
+        y: Tensor = self.norm(x.x, x.mask)
+        return y
+
+    def cut(self, count: int) -> None:
+        last = int(self.feature_info[count - 1]["module"].removeprefix("blocks."))
+        self.blocks = self.blocks[: last + 1]
+
+    def drop_norm(self) -> None:
+        """Put something in the place of the norm that takes a mask too."""
+        self.norm = Absent()
 
     def forward_features(self, x: Tensor, kept: Sequence[Kept] | None = None) -> Tensor:
         """Image (B, C, H, W) -> normed tokens of the last stage (B, P + n, D).
@@ -268,8 +249,7 @@ class ViTResNAS(nn.Module):
             x: the image.
             kept: channels that stay in each layer, for a super-network; None for all.
         """
-        x, mask = self._run(x, kept, [])
-        return self.norm(x, mask)
+        return self.final(self.trunk(x, len(self.feature_info), (), kept)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Normed tokens -> logits; a pair while training with a second output.
@@ -293,74 +273,21 @@ class ViTResNAS(nn.Module):
             return logits, self.patch_head(x[:, prefix:])
         return logits
 
-    def forward(self, x: Tensor) -> Any:
-        """Image (B, C, H, W) -> logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features at the end of each stage.
+def _stages(given: Definition, stride: int) -> list[dict[str, Any]]:
+    """What timm wants to know of each stage."""
+    dim, stages = given.embed.dim, []
+    for i, layer in enumerate(given.layers):
+        if isinstance(layer, ReduceDef):
+            stages.append({"num_chs": dim, "reduction": stride, "module": f"blocks.{i - 1}"})
+            dim, stride = layer.out, 2 * stride
+    last = f"blocks.{len(given.layers) - 1}"
+    return [*stages, {"num_chs": dim, "reduction": stride, "module": last}]
 
-        Args:
-            x: image (B, C, H, W).
-            indices: the last n stages if an integer, these if a list, all if None.
-            return_prefix_tokens: pair each with its class tokens.
-            norm: apply the final norm where the width is that of the last stage.
-            stop_early: do not run what comes behind the last stage wanted.
-            output_fmt: "NCHW" maps or "NLC" tokens.
-            intermediates_only: give the list alone.
 
-        Raises:
-            SettingsError: the format is unknown.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise SettingsError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        stages: list[tuple[Tensor, Grid, Tensor | None]] = []
-        out, mask = self._run(x, None, stages, last if stop_early else None)
-        found: list[Any] = []
-        for i in take:
-            y, grid, _ = stages[i]
-            if norm and y.shape[-1] == self.num_features:
-                y = self.norm(y)
-            patches = y[:, self.num_prefix_tokens :]
-            if output_fmt == "NCHW":
-                patches = as_map(patches, grid).contiguous()
-            pair = patches, y[:, : self.num_prefix_tokens]
-            found.append(pair if return_prefix_tokens else patches)
-        if intermediates_only:
-            return found
-        complete = len(stages) == len(self.feature_info)
-        return (self.norm(out, mask) if complete else out), found
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the layers behind the last stage wanted.
-
-        Args:
-            indices: as in :meth:`forward_intermediates`.
-            prune_norm: replace the final norm by the identity.
-            prune_head: drop the head.
-
-        Returns:
-            The stages that are taken.
-        """
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        final = last == len(self.feature_info) - 1
-        self.blocks = self.blocks[: int(self.feature_info[last]["module"].split(".")[1]) + 1]
-        self.feature_info = self.feature_info[: last + 1]
-        if prune_norm or not final:
-            self.norm = Absent()
-        if prune_head or not final:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.reset_classifier(0)
-        return list(take)
+def _masked(x: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, N, D) without the channels that go, and the mask of those that stay."""
+    if kept is None or kept.dim is None:
+        return x, None
+    mask = leading(kept.dim, x.shape[-1])
+    return x * mask, mask
