@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,11 +20,8 @@ from transom.papers.attention.slab.attention import (
     resized_table,
 )
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid
+from transom.papers.attention.slab.pyramid import Make, Pyramid, Size
 from transom.papers.attention.slab.swin import unwindowed, windows
-
-Size = tuple[int, int]
-Make = Callable[[int], nn.Module]
 
 
 class StripeAttention(nn.Module):
@@ -249,14 +246,11 @@ class SlabCSWin(Pyramid):
             SettingsError: the settings contradict each other.
         """
         count = len(depths)
-        if len(num_heads) != count or len(attn_type) != count or set(attn_type) - set("LS"):
-            raise SettingsError(
-                f"depths {tuple(depths)}, num_heads {tuple(num_heads)} and attn_type "
-                f"{attn_type!r} do not agree; expected one number, one number and L or S a stage"
-            )
         widths = [embed_dim * 2**i for i in range(count)]
         names = [f"stage{i + 1}" for i in range(count)]
-        super().__init__(widths, names, num_classes, global_pool, drop_rate)
+        super().__init__(
+            widths, names, num_classes, global_pool, drop_rate, attn_type, num_heads=num_heads
+        )
         norm = norm_layer or partial(progressive, ln_eps=1e-5, total_step=total_step)
         self.split_size = None if split_size is None else tuple(split_size)
         self._measure(to_2tuple(img_size), count)
@@ -298,36 +292,19 @@ class SlabCSWin(Pyramid):
         side = min(self.grids[-1])
         self.widths = self.split_size or (1, 2, side, side)
 
-    def set_input_size(self, img_size: int | Size | None = None) -> None:
-        """Take images of another size from now on; tables of positions are interpolated.
-
-        Args:
-            img_size: pixels, one number or (H, W).
-        """
-        if img_size is None:
-            return
-        self._measure(to_2tuple(img_size), len(self.grids))
-        for i, (grid, width) in enumerate(zip(self.grids, self.widths, strict=True), 1):
-            blocks: Any = self.get_submodule(f"stage{i}")
-            for block in blocks:
+    def resize(self, size: Size) -> None:
+        self._measure(size, len(self.grids))
+        for i in range(len(self.feature_info)):
+            for block in self.stage(i):
                 for attend in block.attns:
-                    attend.set_grid(grid, width)
+                    attend.set_grid(self.grids[i], self.widths[i])
 
-    def trunk(
-        self, x: Tensor, count: int, take: Collection[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        found = []
+    def enter(self, x: Tensor, i: int) -> Tensor:
         own: Any = self
-        x = self.stage1_conv_embed(x)
-        for i in range(count):
-            if i:
-                x = getattr(own, f"merge{i}")(x, self.grids[i - 1])
-            for block in getattr(own, f"stage{i + 1}"):
-                x = self.run(block, x)
-            last = x.unflatten(1, self.grids[i])
-            if i in take:
-                found.append(last)
-        return last, found
+        if i:
+            y: Tensor = getattr(own, f"merge{i}")(x, self.grids[i - 1])
+            return y
+        return self.stage1_conv_embed(x)
 
     def cut(self, count: int) -> None:
         for i in range(count, len(self.feature_info)):

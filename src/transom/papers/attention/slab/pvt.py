@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,10 +20,7 @@ from transom.papers.attention.slab.attention import (
     resized_table,
 )
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid
-
-Size = tuple[int, int]
-Make = Callable[[int], nn.Module]
+from transom.papers.attention.slab.pyramid import Make, Pyramid, Size
 
 
 class ReducedAttention(nn.Module):
@@ -203,14 +200,19 @@ class SlabPVT(Pyramid):
             SettingsError: the settings contradict each other.
         """
         count = len(embed_dims)
-        given = (depths, num_heads, mlp_ratios, sr_ratios, attn_type)
-        if any(len(part) != count for part in given) or set(attn_type) - set("LS"):
-            raise SettingsError(
-                f"depths, num_heads, mlp_ratios, sr_ratios and attn_type are {given}; expected one "
-                f"of each for every one of the {count} stages, and L or S for the attention"
-            )
         names = [f"block{i + 1}" for i in range(count)]
-        super().__init__(embed_dims, names, num_classes, global_pool, drop_rate)
+        super().__init__(
+            embed_dims,
+            names,
+            num_classes,
+            global_pool,
+            drop_rate,
+            attn_type,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+        )
         norm = norm_layer or partial(progressive, ln_eps=1e-6, total_step=total_step)
         self.patch_size = patch_size
         self.sr_ratios = tuple(sr_ratios)
@@ -219,10 +221,10 @@ class SlabPVT(Pyramid):
         rates = rising(drop_path_rate, sum(depths))
         for i, dim in enumerate(embed_dims):
             patch, below = (2, embed_dims[i - 1]) if i else (patch_size, in_chans)
-            size = tuple(side * patch for side in self.grids[i])
-            embed = PatchEmbed(size, patch, below, dim, strict_img_size=False)
+            h, w = self.grids[i]
+            embed = PatchEmbed((h * patch, w * patch), patch, below, dim, strict_img_size=False)
             embed.norm = norm(dim)
-            table = nn.Parameter(torch.zeros(1, self.grids[i][0] * self.grids[i][1], dim))
+            table = nn.Parameter(torch.zeros(1, h * w, dim))
             trunc_normal_(table, std=0.02)
             blocks = [
                 PVTBlock(
@@ -264,38 +266,23 @@ class SlabPVT(Pyramid):
         self.img_size = size
         self.grids = grids
 
-    def set_input_size(self, img_size: int | Size | None = None) -> None:
-        """Take images of another size from now on; tables of positions are interpolated.
-
-        Args:
-            img_size: pixels, one number or (H, W).
-        """
-        if img_size is None:
-            return
+    def resize(self, size: Size) -> None:
         before = self.grids
-        self._measure(to_2tuple(img_size))
-        for i, (old, new) in enumerate(zip(before, self.grids, strict=True), 1):
-            table = resized_table(self.get_parameter(f"pos_embed{i}").data, old, new)
-            self.register_parameter(f"pos_embed{i}", nn.Parameter(table))
-            blocks: Any = self.get_submodule(f"block{i}")
-            for block in blocks:
+        self._measure(size)
+        for i in range(len(self.feature_info)):
+            name, new = f"pos_embed{i + 1}", self.grids[i]
+            table = resized_table(self.get_parameter(name).data, before[i], new)
+            self.register_parameter(name, nn.Parameter(table))
+            for block in self.stage(i):
                 block.attn.set_grid(new)
 
-    def trunk(
-        self, x: Tensor, count: int, take: Collection[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        found = []
+    def enter(self, x: Tensor, i: int) -> Tensor:
         own: Any = self
-        for i in range(1, count + 1):
-            x = getattr(own, f"patch_embed{i}")(x)
-            x = self.pos_drop(x + getattr(own, f"pos_embed{i}"))
-            for block in getattr(own, f"block{i}"):
-                x = self.run(block, x)
-            last = x.unflatten(1, self.grids[i - 1])
-            if i - 1 in take:
-                found.append(last)
-            x = last.permute(0, 3, 1, 2)
-        return last, found
+        if i:
+            x = x.mT.unflatten(2, self.grids[i - 1])
+        x = getattr(own, f"patch_embed{i + 1}")(x)
+        y: Tensor = self.pos_drop(x + getattr(own, f"pos_embed{i + 1}"))
+        return y
 
     def cut(self, count: int) -> None:
         for i in range(count, len(self.feature_info)):

@@ -7,7 +7,7 @@ stage does not see its 14 x 14 map at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,9 +20,7 @@ from transom.errors import SettingsError
 from transom.networks import narrow, rising
 from transom.papers.attention.slab.attention import SimplifiedLinearAttention
 from transom.papers.attention.slab.norm import progressive
-from transom.papers.attention.slab.pyramid import Pyramid
-
-Size = tuple[int, int]
+from transom.papers.attention.slab.pyramid import Make, Pyramid, Size
 
 
 def windows(x: Tensor, size: Size) -> Tensor:
@@ -163,7 +161,7 @@ class SwinBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         kernel_size: int = 5,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Make = nn.LayerNorm,
     ) -> None:
         """Build the block.
 
@@ -236,7 +234,7 @@ class SwinBlock(nn.Module):
 class PatchMerging(nn.Module):
     """Four neighbours side by side, normed, to one token of twice the width."""
 
-    def __init__(self, dim: int, norm_layer: Callable[[int], nn.Module]) -> None:
+    def __init__(self, dim: int, norm_layer: Make) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim)
@@ -289,7 +287,7 @@ class SlabSwin(Pyramid):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
-        norm_layer: Callable[[int], nn.Module] | None = None,
+        norm_layer: Make | None = None,
         total_step: int = 60_000,
     ) -> None:
         """Build the network.
@@ -321,14 +319,11 @@ class SlabSwin(Pyramid):
             SettingsError: the settings contradict each other.
         """
         count = len(depths)
-        if len(num_heads) != count or len(attn_type) != count or set(attn_type) - set("LS"):
-            raise SettingsError(
-                f"depths {tuple(depths)}, num_heads {tuple(num_heads)} and attn_type "
-                f"{attn_type!r} do not agree; expected one number, one number and L or S a stage"
-            )
         widths = [embed_dim * 2**i for i in range(count)]
         names = [f"layers.{i}" for i in range(count)]
-        super().__init__(widths, names, num_classes, global_pool, drop_rate)
+        super().__init__(
+            widths, names, num_classes, global_pool, drop_rate, attn_type, num_heads=num_heads
+        )
         norm = norm_layer or partial(progressive, ln_eps=1e-5, total_step=total_step)
         self.attn_type = attn_type
         self.given = (linear_window, softmax_window)
@@ -381,35 +376,22 @@ class SlabSwin(Pyramid):
             return self.grids[i] if linear is None else to_2tuple(linear)
         return self.grids[-1] if softmax is None else to_2tuple(softmax)
 
-    def set_input_size(self, img_size: int | Size | None = None) -> None:
-        """Take images of another size from now on; tables of positions are interpolated.
-
-        Args:
-            img_size: pixels, one number or (H, W).
-        """
-        size = None if img_size is None else to_2tuple(img_size)
+    def resize(self, size: Size) -> None:
         self.patch_embed.set_input_size(img_size=size)
         self._measure()
-        for i, layer in enumerate(self.layers):
-            stage: Any = layer
-            for block in stage.blocks:
+        for i in range(len(self.feature_info)):
+            for block in self.stage(i):
                 block.set_grid(self.grids[i], self._window(i))
 
-    def trunk(
-        self, x: Tensor, count: int, take: Collection[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        found = []
-        x = self.patch_embed(x)
-        for i, layer in enumerate(self.layers[:count]):
-            stage: Any = layer
-            for block in stage.blocks:
-                x = self.run(block, x)
-            last = x.unflatten(1, self.grids[i])
-            if i in take:
-                found.append(last)
-            if i + 1 < count:
-                x = stage.downsample(x, self.grids[i])
-        return last, found
+    def stage(self, i: int) -> Any:
+        return super().stage(i).blocks
+
+    def enter(self, x: Tensor, i: int) -> Tensor:
+        if not i:
+            return self.patch_embed(x)
+        before: Any = self.layers[i - 1]
+        y: Tensor = before.downsample(x, self.grids[i - 1])
+        return y
 
     def cut(self, count: int) -> None:
         self.layers = self.layers[:count]
@@ -417,7 +399,7 @@ class SlabSwin(Pyramid):
         last.downsample = None
 
 
-def _without_device(norm: Callable[[int], nn.Module]) -> Callable[..., nn.Module]:
+def _without_device(norm: Make) -> Callable[..., nn.Module]:
     """Parts of timm hand a device and a dtype to the norms they make."""
 
     def make(dim: int, **place: Any) -> nn.Module:
