@@ -17,8 +17,9 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from transom.errors import SettingsError
+from transom.errors import SettingsError, TokensError
 
+Grid = tuple[int, int]
 Format = str  # "NCHW", "NHWC" or "NLC"
 
 
@@ -63,6 +64,37 @@ def one_a_stage(count: int, **given: Sequence[Any]) -> None:
     for name, values in given.items():
         if len(values) != count:
             raise SettingsError(f"{name} is {values!r}; expected {count} values, one a stage")
+
+
+def patch_grid(size: int | Sequence[int], patch: int) -> Grid:
+    """The grid (h, w) of square patches.
+
+    Args:
+        size: of the images, one number or height and width, pixels.
+        patch: side of a patch, pixels.
+
+    Raises:
+        SettingsError: the size is no multiple of the patch.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    if h < 1 or w < 1 or h % patch or w % patch:
+        raise SettingsError(f"img_size is {size}; expected multiples of the patch, {patch} pixels")
+    return h // patch, w // patch
+
+
+def image_grid(images: Tensor, patch: int) -> Grid:
+    """The grid (h, w) of square patches of images (B, C, H, W).
+
+    Raises:
+        TokensError: their size is no multiple of the patch.
+    """
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise TokensError(
+            f"got an image of {height} x {width} pixels; expected multiples of the patch, "
+            f"{patch}: resize the image"
+        )
+    return height // patch, width // patch
 
 
 class Network(nn.Module):

@@ -373,6 +373,24 @@ def test_stages_are_the_features() -> None:
     assert shapes == [(1, 176, 8, 8), (1, 704, 2, 2)]
 
 
+def test_a_stage_shows_its_class_tokens_and_can_be_the_last() -> None:
+    net = ViTResNAS(LARGEST, img_size=56, distilled=True, patch_size=14).eval()
+    x = torch.randn(1, 3, 56, 56)
+    stopped, [(tokens, front)] = net.forward_intermediates(
+        x, [0], norm=True, stop_early=True, output_fmt="NLC", return_prefix_tokens=True
+    )
+    # the norm fits the width of the last stage only
+    torch.testing.assert_close(stopped, torch.cat([front, tokens], 1))
+    assert stopped.shape == (1, 2 + 16, 16)
+    whole, [last] = net.forward_intermediates(x, [1], norm=True, output_fmt="NLC")
+    torch.testing.assert_close(whole[:, 2:], last)
+    assert net.prune_intermediate_layers([0]) == [0]
+    assert len(net.blocks) == 3
+    torch.testing.assert_close(net(x), stopped)
+    net.reset_classifier(3, "token")
+    assert net(x).shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("definition", "match"),
     [

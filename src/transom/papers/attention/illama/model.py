@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
-from transom.errors import SettingsError, TokensError
-from transom.networks import Isotropic, rising
+from transom.errors import SettingsError
+from transom.networks import Isotropic, image_grid, narrow, patch_grid, rising
 from transom.papers.attention.illama.attention import Form, rotary, rotate, soft_causal
 
 Grid = tuple[int, int]
@@ -169,7 +169,7 @@ class ILLaMA(Isotropic):
         self.patch_size = patch_size
         self.head_width, self.rope_base = embed_dim // num_heads, rope_base
         self.soft_mask_rate = soft_mask_rate
-        self.grid = self._grid(img_size)
+        self.grid = patch_grid(img_size, self.patch_size)
 
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -193,23 +193,11 @@ class ILLaMA(Isotropic):
         self.reset_classifier(num_classes)
         self.init_weights()
 
-    def _grid(self, size: int | Sequence[int]) -> Grid:
-        h, w = (size, size) if isinstance(size, int) else size
-        if h < 1 or w < 1 or h % self.patch_size or w % self.patch_size:
-            raise SettingsError(
-                f"img_size is {size}; expected multiples of the patch, {self.patch_size} pixels"
-            )
-        return h // self.patch_size, w // self.patch_size
-
     def init_weights(self) -> None:
         """Truncated normal of 0.02 for linear layers, class token and positions; biases zero."""
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(narrow)
 
     def set_input_size(self, img_size: int | Grid) -> None:
         """Interpolate the position table to another image size, for good.
@@ -220,7 +208,7 @@ class ILLaMA(Isotropic):
         Raises:
             SettingsError: it is no multiple of the patch.
         """
-        grid = self._grid(img_size)
+        grid = patch_grid(img_size, self.patch_size)
         self.pos_embed = nn.Parameter(resized(self.pos_embed.data, self.grid, grid))
         self.grid = grid
 
@@ -238,13 +226,7 @@ class ILLaMA(Isotropic):
             path.drop_prob = rate * i / max(len(paths) - 1, 1)
 
     def trunk(self, x: Tensor, count: int, take: Collection[int] = ()) -> tuple[Any, list[Any]]:
-        height, width = x.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise TokensError(
-                f"got an image of {height} x {width} pixels; expected multiples of the patch, "
-                f"{self.patch_size}: resize the image"
-            )
-        grid = height // self.patch_size, width // self.patch_size
+        grid = image_grid(x, self.patch_size)
         x = self.patch_embed(x)
         x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
         x = self.pos_drop(x + resized(self.pos_embed, self.grid, grid))

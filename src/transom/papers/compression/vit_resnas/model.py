@@ -9,8 +9,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from transom.errors import SettingsError, TokensError
-from transom.networks import Tokens
+from transom.errors import SettingsError
+from transom.networks import Tokens, image_grid, narrow, patch_grid
 from transom.papers.compression.vit_resnas.definition import BlockDef, Definition, ReduceDef
 from transom.papers.compression.vit_resnas.layers import (
     Absent,
@@ -94,7 +94,7 @@ class ViTResNAS(Tokens):
         self.definition, self.patch_size, self.in_chans = given, patch_size, in_chans
         self.num_prefix_tokens = 2 if distilled else 1
         self.patch_output = patch_output
-        self.grid = grid = self._grid(img_size)
+        self.grid = grid = patch_grid(img_size, self.patch_size)
 
         dim, mid = given.embed
         self.patch_embed: nn.Module = (
@@ -132,24 +132,13 @@ class ViTResNAS(Tokens):
             for name, wanted in zip(("cls_head", "dst_head", "patch_head"), there, strict=True)
         }
 
-    def _grid(self, img_size: int | Sequence[int]) -> Grid:
-        h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if h < 1 or w < 1 or h % self.patch_size or w % self.patch_size:
-            raise SettingsError(
-                f"img_size is {img_size}; expected multiples of the patch, {self.patch_size} pixels"
-            )
-        return h // self.patch_size, w // self.patch_size
-
     def init_weights(self) -> None:
         """Truncated normal of 0.02 for linear layers, tokens and positions; biases zero."""
         trunc_normal_(self.tokens, std=0.02)
         for name, parameter in self.named_parameters():
             if name.endswith("pos_embed"):
                 trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        self.apply(narrow)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -177,7 +166,7 @@ class ViTResNAS(Tokens):
         Raises:
             SettingsError: it is no multiple of the patch.
         """
-        grid, prefix = self._grid(img_size), self.num_prefix_tokens
+        grid, prefix = patch_grid(img_size, self.patch_size), self.num_prefix_tokens
         self.pos_embed = nn.Parameter(resized(self.pos_embed.data, self.grid, grid, prefix))
         self.grid = grid
         for layer in self.blocks:
@@ -192,13 +181,7 @@ class ViTResNAS(Tokens):
         Raises:
             TokensError: the size of the image is no multiple of the patch.
         """
-        height, width = x.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise TokensError(
-                f"got an image of {height} x {width} pixels; expected multiples of the patch, "
-                f"{self.patch_size}: resize the image"
-            )
-        grid = height // self.patch_size, width // self.patch_size
+        grid = image_grid(x, self.patch_size)
         x = self.patch_embed(x).flatten(2).mT
         x = torch.cat([self.tokens.expand(x.shape[0], -1, -1), x], 1)
         x = x + resized(self.pos_embed, self.grid, grid, self.num_prefix_tokens)
