@@ -46,7 +46,9 @@ def app(shelf: Store, jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> A
     drawings = tmp_path_factory.mktemp("drawings")
     Image.new("RGB", (8, 8)).save(drawings / "tome-0.webp")
     (drawings / "tome-0.json").write_text("[]", encoding="utf-8")
-    (drawings / "tome.json").write_text(json.dumps([["tome-0.webp", "drawn"]]), encoding="utf-8")
+    (drawings / "tome.json").write_text(
+        json.dumps([["tome-0.webp", "drawn", [8, 8]]]), encoding="utf-8"
+    )
     return create_app(shelf, jobs=jobs, drawings=drawings)
 
 

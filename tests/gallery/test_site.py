@@ -54,7 +54,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gallery") / "site"
-    build(out, only=["tome", "fna"], today=TODAY)
+    build(out, only=["tome", "fna", "pace"], today=TODAY)
     return out
 
 
@@ -118,6 +118,13 @@ def test_the_page_of_a_method_shows_all_that_is_known(site: Path) -> None:
     assert "python benchmarks/token_reduction.py" in text and '<svg class="chart"' in text
     assert "af95e4b" in text  # the commit the golden cases were recorded from
     assert len(re.findall(r'class="pane lit"', text)) > 12
+
+
+def test_a_room_without_a_method_is_seen_through_its_lens(site: Path) -> None:
+    text = (site / "papers" / "pace.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'class="wide"><img src="../drawings/pace-\d\.webp"', text)) == 2
+    assert "Concepts that explain the patch embeddings" in text
+    assert "transom look demo --model demo --lens concepts" in text
 
 
 def test_the_page_of_a_paper_that_is_not_here_says_so(site: Path) -> None:

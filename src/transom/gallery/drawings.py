@@ -3,7 +3,8 @@
 Two pictures serve every method that runs on images. One that gives up tokens shows their fates
 after a few blocks. One that changes the attention shows which patches one patch listens to, before
 and after: the length of the derivative of that patch's attention output by every patch's input,
-which needs no attention matrix and so works for operators that have none.
+which needs no attention matrix and so works for operators that have none. A room without such a
+method that has a lens of `transom look` shows what is seen through it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from transom.gallery.anatomy import anatomy, quietly
 from transom.lens.capture import capture
 from transom.lens.drawing import Pixels, overlay
 from transom.lens.fates import draw_fates
+from transom.lens.look import look
+from transom.lens.seen import OF_ROOM, Lens
 
 logger = logging.getLogger(__name__)
 
 _SIZE = 336  # pixels of a picture on a page
+_WIDE = 1000  # pixels of a picture that takes the whole width
 _PROBES = 8  # random directions that the length of a derivative is estimated with
 _DECADES = 2.5  # of influence that are shown below the largest
 
@@ -42,10 +46,12 @@ class Picture:
     Attributes:
         file: its name in the folder of drawings.
         caption: what it shows.
+        size: (width, height) in pixels.
     """
 
     file: str
     caption: str
+    size: tuple[int, int] = (_SIZE, _SIZE)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,11 @@ def draw_all(
 
 
 def _drawable(slug: str) -> bool:
+    return _works_on_images(slug) or lens_of(slug) is not None
+
+
+def _works_on_images(slug: str) -> bool:
+    """Whether the room has a method whose fates or influence can be drawn."""
     room = registry.rooms().get(slug)
     method = room.method if room else None
     if method is None or method.takes != "encoder":
@@ -133,29 +144,47 @@ def _drawable(slug: str) -> bool:
     return found is not None and bool({"tokens", "attention"} & {*found.slots})
 
 
+def lens_of(slug: str) -> Lens | None:
+    """The lens that shows a room which has no method to draw; None for all others."""
+    if slug not in registry.rooms() or _works_on_images(slug):
+        return None
+    return next((lens for lens, room in OF_ROOM.items() if room == slug), None)
+
+
 def draw(slug: str, seen: Subject, folder: Path) -> list[Picture]:
-    """The pictures of one method; none where there is nothing to see before training."""
-    host = hosts.find(seen.model)
-    patches = host.grid[0] * host.grid[1] if host.grid else 0
-    method = registry.methods()[slug]
-    budgets = method.grid(host.depth, patches)
-    settings = budgets[len(budgets) // 2]
-    found = anatomy(slug)
-    assert found is not None
+    """The pictures of one room; none where there is nothing to see before training."""
+    lens = lens_of(slug)
     with torch.random.fork_rng(), quietly():
         torch.manual_seed(0)
-        drawn = (_fates if "tokens" in found.slots else _influence)(slug, settings, seen)
+        drawn = _fitted(slug, seen) if lens is None else _seen_through(lens, seen)
     pictures = []
     for i, (pixels, caption) in enumerate(drawn):
-        file = f"{slug}-{i}.webp"
         picture = Image.fromarray(pixels)
-        if picture.width != _SIZE:
-            picture = picture.resize((_SIZE, _SIZE), Image.Resampling.LANCZOS)
-        picture.save(folder / file, "WEBP", quality=82, method=5)
-        pictures.append(Picture(file, caption))
-    told = [[picture.file, picture.caption] for picture in pictures]
+        width = _SIZE if picture.width == picture.height else min(picture.width, _WIDE)
+        size = width, round(picture.height * width / picture.width)
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        pictures.append(Picture(f"{slug}-{i}.webp", caption, size))
+        picture.save(folder / pictures[-1].file, "WEBP", quality=82, method=5)
+    told = [[picture.file, picture.caption, picture.size] for picture in pictures]
     (folder / f"{slug}.json").write_text(json.dumps(told), encoding="utf-8")
     return pictures
+
+
+def _fitted(slug: str, seen: Subject) -> list[tuple[Pixels, str]]:
+    host = hosts.find(seen.model)
+    patches = host.grid[0] * host.grid[1] if host.grid else 0
+    budgets = registry.methods()[slug].grid(host.depth, patches)
+    found = anatomy(slug)
+    assert found is not None
+    show = _fates if "tokens" in found.slots else _influence
+    return show(slug, budgets[len(budgets) // 2], seen)
+
+
+def _seen_through(lens: Lens, seen: Subject) -> list[tuple[Pixels, str]]:
+    """The first picture of each panel."""
+    found = look(seen.model, {"The photograph": seen.display}, lens)
+    return [(panel.frames[0][1], f"{panel.title}: {panel.frames[0][0]}") for panel in found.panels]
 
 
 def read_captions(folder: Path, slug: str) -> list[Picture]:
@@ -164,7 +193,7 @@ def read_captions(folder: Path, slug: str) -> list[Picture]:
     if not path.is_file():
         return []
     told = json.loads(path.read_text(encoding="utf-8"))
-    return [Picture(file, caption) for file, caption in told]
+    return [Picture(file, caption, tuple(size)) for file, caption, size in told]
 
 
 def draw_missing(folder: Path) -> None:

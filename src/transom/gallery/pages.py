@@ -23,8 +23,9 @@ from transom.gallery import prose
 from transom.gallery.anatomy import Anatomy, anatomy, fanlight, pyramid, slot_map, stages
 from transom.gallery.charts import Drawn
 from transom.gallery.charts import draw as draw_chart
-from transom.gallery.drawings import Picture
+from transom.gallery.drawings import Picture, lens_of
 from transom.gallery.results import Result, charts, headline, results
+from transom.lens.seen import EXPLAINED
 from transom.parity import Parity, parity
 from transom.registry import Room
 
@@ -132,6 +133,7 @@ class Paper:
     backbone: str
     pictures: list[Picture]
     look: str
+    shows: str
     settings: Sequence[Sequence[str]]
     offers: list[tuple[str, str, str]]
     backbones: Sequence[registry.Backbone]
@@ -258,6 +260,7 @@ def paper(slug: str, pictures: Sequence[Picture] = ()) -> Paper:
         backbone=smallest.name if smallest else "",
         pictures=list(pictures),
         look=_look(slug, found) if pictures else "",
+        shows=EXPLAINED[lens] if (lens := lens_of(slug)) else "",
         settings=docs.settings_of(method) if method else [],
         offers=_offers(room),
         backbones=room.backbones if room else (),
@@ -367,7 +370,10 @@ def _path(room: Room | None) -> str:
 
 
 def _look(slug: str, found: Anatomy | None) -> str:
-    """The command that looks at the same on all photographs of the demo; only fates have one."""
+    """The command that looks at the same on all photographs of the demo, if there is one."""
+    lens = lens_of(slug)
+    if lens is not None:
+        return f"transom look demo --model demo --lens {lens}"
     if found is None or "tokens" not in found.slots:
         return ""
     return f"transom look demo --model demo --lens fates --method {slug}"

@@ -16,7 +16,7 @@ from transom import hosts, registry
 from transom.errors import SettingsError
 from transom.lens.drawing import Pixels, colours, mark, montage, sheet, tint
 from transom.lens.heads import classifies
-from transom.lens.seen import Array, Given, Look, Panel
+from transom.lens.seen import OF_ROOM, Array, Given, Look, Panel
 
 _WIDTH = 25  # of the random projection of embeddings, as in the paper
 _TYPICAL = 8  # patches shown of each concept
@@ -40,7 +40,7 @@ def concepts(given: Given, count: int, layer: int, basis: Given | None, seed: in
         HostError: the host has no class token.
         SettingsError: there is no such layer, or more concepts than patches.
     """
-    room = {offer.name: offer.build for offer in registry.rooms()["pace"].offers}
+    room = {offer.name: offer.build for offer in registry.rooms()[OF_ROOM["concepts"]].offers}
     labelled = classifies(given.model, given.x)
 
     def patches_of(some: Given) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transom import hosts, registry
 from transom.lens.drawing import colours
-from transom.lens.seen import Array, Look, Panel, drawn
+from transom.lens.seen import OF_ROOM, Array, Look, Panel, drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def heads(model: nn.Module, x: Tensor, labels: Tensor | None, seed: int) -> Look
         HostError: the model returns neither logits nor features.
         TokensError: tokens leave on the way.
     """
-    offers = {o.name: o.build for o in registry.rooms()["vit-visual-analytics"].offers}
+    offers = {o.name: o.build for o in registry.rooms()[OF_ROOM["heads"]].offers}
     labelled = classifies(model, x)
     found = offers["heads"](model, x, labels, classes=labelled, seed=seed, compact=True)
     table = {name: values.cpu().numpy() for name, values in found.table.items()}
@@ -59,7 +59,9 @@ def heads(model: nn.Module, x: Tensor, labels: Tensor | None, seed: int) -> Look
         sizes = found.patterns.cluster.bincount().tolist()
         lines.append(f"{len(sizes)} patterns, of {', '.join(map(str, sizes))} heads")
     mass = np.stack([s.mass.cpu().numpy() for s in found.strength])
-    figure = plot(table, mass, found.patterns, _grid(model, found.patterns))
+    # with one image nothing varies, and the table says nothing
+    shown = {name: values for name, values in table.items() if name != "content" or len(x) > 1}
+    figure = plot(shown, mass, found.patterns, _grid(model, found.patterns))
     result = Look("heads", {**table, "mass": mass}, {"heads": figure}, summary=lines, details=found)
     result.panels.append(Panel("all heads", [("all layers", drawn(figure))]))
     return result

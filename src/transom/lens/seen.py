@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 Lens = Literal["attention", "rollout", "fates", "heads", "sinks", "concepts", "tree"]
 Array = NDArray[Any]
 LENSES: tuple[Lens, ...] = get_args(Lens)
+OF_ROOM: dict[Lens, str] = {
+    "heads": "vit-visual-analytics",
+    "concepts": "pace",
+    "tree": "dependency-vit",
+}
+"""Lenses that show what one room computes, and that room."""
 
 EXPLAINED: dict[Lens, str] = {
     "attention": "Where each head looks: attention of the class token on the patches, or what "

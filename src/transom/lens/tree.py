@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from transom import api, hosts, registry
 from transom.errors import HostError, TokensError
 from transom.lens.drawing import Pixels, colours, montage, tint
-from transom.lens.seen import Array, Given, Look, with_panels
+from transom.lens.seen import OF_ROOM, Array, Given, Look, with_panels
 
-_SLUG = "dependency-vit"
+_SLUG = OF_ROOM["tree"]
 _PARTS = (10, 20)  # about how many parts a picture is cut into
 _SIDE = 320  # pixels of a tile
 
