@@ -13,6 +13,7 @@ from PIL import Image
 
 from transom import cli
 from transom.errors import SettingsError
+from transom.options import parse_methods
 
 TINY = "vit_tiny_patch16_224"
 
@@ -40,15 +41,15 @@ def pictures(tmp_path: Path) -> Path:
 
 def test_methods_are_read_as_typed() -> None:
     typed = "tome, pitome:ratio=0.9;matching=pitome,evit:keep_rate=0.5;fuse_token=true;tokens=none"
-    assert cli.parse_methods(typed) == [
+    assert parse_methods(typed) == [
         "tome",
         ("pitome", {"ratio": 0.9, "matching": "pitome"}),
         ("evit", {"keep_rate": 0.5, "fuse_token": True, "tokens": None}),
     ]
-    assert cli.parse_methods("tome:r=4/2/0") == [("tome", {"r": (4, 2, 0)})]
-    assert cli.parse_methods(None) is None
+    assert parse_methods("tome:r=4/2/0") == [("tome", {"r": (4, 2, 0)})]
+    assert parse_methods(None) is None
     with pytest.raises(SettingsError, match="expected name=value"):
-        cli.parse_methods("tome:8")
+        parse_methods("tome:8")
 
 
 def test_papers_lists_searches_and_shows(

@@ -17,9 +17,10 @@ import transom
 from transom.errors import SettingsError, TransomError
 from transom.gallery.commands import papers as paper_commands
 from transom.gallery.gallery_commands import app as gallery_commands
+from transom.lab_commands import app as lab_commands
 from transom.lens.command import look
-from transom.measure.chair_command import chair
-from transom.terminal import console, errors
+from transom.options import Threads, parse_methods, set_threads
+from transom.terminal import Progress, console, errors
 
 app = typer.Typer(
     name="transom",
@@ -68,8 +69,8 @@ def demo(
     """
     from transom.demo.run import run
 
-    _threads(threads)
-    with _Progress() as progress:
+    set_threads(threads)
+    with Progress() as progress:
         comparison = run(
             out,
             batch_size=batch_size,
@@ -116,7 +117,7 @@ def compare(
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for the timing of one row, about.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of weights that are random and of controls.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +143,7 @@ def compare(
     from transom.measure.compare import compare as run
     from transom.measure.models import create
 
-    _threads(threads)
+    set_threads(threads)
     if schedule not in (None, "auto"):
         raise SettingsError(f"--schedule is {schedule!r}; expected 'auto'")
     if schedule and budget is not None:
@@ -153,7 +154,7 @@ def compare(
     if schedule:
         measuring = {"device": device, "dtype": dtype, "batch_size": batch_size, "limit": limit}
         chosen = _scheduled(built, data, chosen, speedup, out, measuring)
-    with _Progress() as progress:
+    with Progress() as progress:
         comparison = run(
             built,
             data,
@@ -195,7 +196,7 @@ def _scheduled(
         if not isinstance(method, str) or slug not in known or not known[slug].removing([0], 1):
             result.append(method)
             continue
-        with _Progress() as progress:
+        with Progress() as progress:
             found = choose(model, data, slug, speedup, progress=progress, **options)
         path = found.to_json(out / f"schedule-{slug}.json")
         rest = {name: value for name, value in options.items() if name != "batch_size"}
@@ -225,7 +226,7 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin again; by default a stopped run goes on.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Train a model, or fine-tune it with a method fitted.
 
@@ -240,7 +241,7 @@ def train(
     from transom.train import train as run
     from transom.train.progress import Bar
 
-    _threads(threads)
+    set_threads(threads)
     parsed = read_recipe(recipe, changes or [])
     with Bar(errors()) as bar:
         done = run(parsed, out or Path("transom-train") / recipe.stem, watch=bar, fresh=fresh)
@@ -267,7 +268,7 @@ def export(
         bool, typer.Option(help="Download the weights that go with the model's name.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a call of the file.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Write a fitted model as ONNX or PyTorch program, check it, and time it beside the plain one.
 
@@ -282,7 +283,7 @@ def export(
     from transom.measure.models import create
     from transom.measure.preprocessing import preprocessing_of
 
-    _threads(threads)
+    set_threads(threads)
     built = create(model, weights=weights, pretrained=pretrained)
     size = preprocessing_of(built).size
     example = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -314,120 +315,7 @@ def export(
 
 
 app.command()(look)
-
-lab = typer.Typer(
-    help="Small experiments on a CPU that show what a paper claims, and measures of a claim."
-)
-app.add_typer(lab, name="lab", no_args_is_help=True)
-lab.command("chair")(chair)
-
-
-@lab.command("icl")
-def lab_icl(
-    heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 2,
-    covariates: Annotated[int, typer.Option(min=1, help="Of a task.")] = 5,
-    length: Annotated[int, typer.Option(min=1, help="Examples of a prompt.")] = 40,
-    steps: Annotated[int, typer.Option(min=1, help="Of each of three trainings.")] = 2500,
-    seed: Annotated[int, typer.Option(help="Of weights and tasks.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("transom-icl.png"),
-) -> None:
-    """Train attention to regress in context, read its weights, compare it with the theory."""
-    from transom.papers.lens.icl_linear_regression import picture, run
-
-    _threads(threads)
-    with _Progress() as progress:
-        found = run(
-            heads=heads,
-            d=covariates,
-            length=length,
-            steps=steps,
-            seed=seed,
-            watch=progress.steps,
-        )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("mean squared error")
-    for count in found.lengths:
-        table.add_column(f"{count} examples", justify="right")
-    rows = {
-        f"{heads} heads": found.error,
-        "1 head": found.single,
-        "linear attention": found.linear,
-        "ridge (Bayes)": found.bayes,
-    }
-    for name, values in rows.items():
-        table.add_row(name, *(f"{values[count]:.3f}" for count in found.lengths))
-    console().print(table)
-    seen = found.patterns
-    console().print(
-        f"heads: {', '.join(seen.roles())}; W_QK off its diagonal {seen.off_diagonal:.1%}, W_OV "
-        f"beside the response {seen.elsewhere:.1%}, |sum of mu| / sum of |mu| {seen.sum:.1%}; "
-        f"correlation with the debiased gradient step {found.agreement:.4f}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console().print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
-
-
-@lab.command("lr-transfer")
-def lab_lr_transfer(
-    widths: Annotated[str, typer.Option(help="Of the networks, between commas.")] = "32,64,128,256",
-    depths: Annotated[
-        str | None,
-        typer.Option(help="Compare these instead, such as 2,4,8,16, at the first of the widths."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of each training of the rates.")] = 60,
-    watched_steps: Annotated[
-        int, typer.Option(min=1, help="Of the training along which the sharpness is taken.")
-    ] = 200,
-    depth: Annotated[int, typer.Option(min=1, help="Residual layers.")] = 3,
-    seeds: Annotated[int, typer.Option(min=1, help="Data sets and weights to average over.")] = 2,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("transom-lr-transfer.png"),
-) -> None:
-    """Train over widths and learning rates, and watch the sharpness: does the best rate stay?
-
-    In muP, in NTK scaling, and with the ordinary initialisation and one learning rate for all.
-    """
-    from transom.papers.lens.lr_transfer import picture, sweep
-
-    _threads(threads)
-    chosen = _numbers("--widths", widths)
-    sizes = chosen if depths is None else _numbers("--depths", depths)
-    with _Progress() as progress:
-        found = sweep(
-            sizes,
-            over="width" if depths is None else "depth",
-            width=chosen[0],
-            steps=steps,
-            watched_steps=watched_steps,
-            depth=depth,
-            seeds=seeds,
-            seed=seed,
-            watch=progress.steps,
-        )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("best rate", no_wrap=True)
-    for size in sizes:
-        table.add_column(f"{found.over} {size}", justify="right")
-    table.add_column("drift", justify="right")
-    table.add_column("sharpness varies", justify="right")
-    for regime in found.losses:
-        best = [f"{found.rates[found.best(regime)[size]]:g}" for size in sizes]
-        varies = f"{found.variation(regime, watched_steps // 4):.0%}"
-        table.add_row(regime, *best, f"{found.drift(regime):g}", varies)
-    console().print(table)
-    console().print(f"picture: {picture(found, out)}", highlight=False, soft_wrap=True)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise SettingsError(f"{option} is {text!r}; expected numbers such as 16,32,64") from None
-
-
+app.add_typer(lab_commands, name="lab")
 app.add_typer(paper_commands, name="papers")
 app.add_typer(gallery_commands, name="gallery")
 
@@ -490,84 +378,6 @@ def convert(
     console().print(f"{count} tensors of {name} written to {target}", highlight=False)
 
 
-def parse_methods(text: str | None) -> list[str | tuple[str, dict[str, Any]]] | None:
-    """Methods as typed: 'tome,pitome:ratio=0.9;margin=0.5,evit'.
-
-    Args:
-        text: slugs between commas; settings behind a colon, between semicolons.
-
-    Returns:
-        Slugs, or pairs of slug and settings; None for None.
-
-    Raises:
-        SettingsError: a setting is not of the form name=value.
-    """
-    if text is None:
-        return None
-    parsed: list[str | tuple[str, dict[str, Any]]] = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        slug, colon, rest = entry.partition(":")
-        if not colon:
-            parsed.append(slug)
-            continue
-        settings = {}
-        for pair in rest.split(";"):
-            name, equals, value = pair.partition("=")
-            if not (name and equals):
-                raise SettingsError(
-                    f"{entry!r} has a setting {pair!r}; expected name=value, for example "
-                    "'tome:r=8' or 'evit:keep_rate=0.7;fuse_token=true'"
-                )
-            settings[name.strip()] = _value(value.strip())
-        parsed.append((slug, settings))
-    return parsed
-
-
-def _value(text: str) -> Any:
-    """A number, a truth value, null, or the text itself; numbers between slashes are a tuple."""
-    if "/" in text:
-        return tuple(_value(part) for part in text.split("/"))
-    try:
-        return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
-    except json.JSONDecodeError:
-        return None if text.lower() == "none" else text
-
-
-class _Progress:
-    """A bar on a terminal, a line for each finished row elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=errors(),
-            transient=True,
-            disable=not errors().is_terminal,
-        )
-        self.task = self.bar.add_task("plain", total=None)
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
-
-    def steps(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total, description="training")
-
-    def __call__(self, row: Any, done: int, total: int) -> None:
-        name = f"{row.method} {row.label}"
-        self.bar.update(self.task, completed=done, total=total, description=name)
-        if not errors().is_terminal:
-            errors().print(f"{done}/{total} {name}", highlight=False)
-
-
 def _finish(comparison: Any, out: Path) -> None:
     """Print the table and write it; the report itself was written by whoever knows its pictures."""
     # a table squeezed into fewer columns shows nothing; a narrow terminal may wrap its lines
@@ -579,13 +389,6 @@ def _finish(comparison: Any, out: Path) -> None:
         console().print(f"interrupted; the finished rows are in {out}", style="yellow")
         raise typer.Exit(130)
     console().print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _threads(count: int | None) -> None:
-    import torch
-
-    if count is not None:
-        torch.set_num_threads(count)
 
 
 def _command() -> str:

@@ -7,6 +7,7 @@ to a file or a pipe, nothing is broken to fit 80 columns; COLUMNS counts there t
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from rich.console import Console
 
@@ -39,3 +40,38 @@ def _console(at_least: int, *, stderr: bool) -> Console:
         if at_least <= width == found.width
         else Console(stderr=stderr, width=max(width, at_least))
     )
+
+
+class Progress:
+    """A bar on a terminal, a line for each finished row elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=errors(),
+            transient=True,
+            disable=not errors().is_terminal,
+        )
+        self.task = self.bar.add_task("plain", total=None)
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def steps(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, description="training")
+
+    def __call__(self, row: Any, done: int, total: int) -> None:
+        name = f"{row.method} {row.label}"
+        self.bar.update(self.task, completed=done, total=total, description=name)
+        if not errors().is_terminal:
+            errors().print(f"{done}/{total} {name}", highlight=False)

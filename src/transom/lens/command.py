@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import nn
 
 import transom
 from transom.errors import SettingsError
+from transom.options import Threads, parse_methods, set_threads
 from transom.terminal import console
 
 
@@ -48,22 +48,20 @@ def look(
     seed: Annotated[
         int, typer.Option(help="Of weights that are random, of patterns and of concepts.")
     ] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and page.")] = Path("transom-look"),
 ) -> None:
     """See where a model looks, where its tokens go, what its heads do, which concepts it sees.
 
     Writes PNGs and one self-contained page LENS.html to --out, and prints the essentials.
     """
-    from transom.cli import parse_methods
     from transom.lens.look import LENSES
     from transom.lens.look import look as run
 
     wanted = [name.strip() for name in lens.split(",")]
     if unknown := [name for name in wanted if name not in LENSES]:
         raise SettingsError(f"there is no lens {unknown[0]!r}; lenses are {list(LENSES)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     built = _create(model, weights, pretrained, seed)
     for entry in parse_methods(method) or []:
         slug, settings = (entry, {}) if isinstance(entry, str) else entry
