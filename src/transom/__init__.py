@@ -5,8 +5,9 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from transom import registry
-from transom.api import Fitting, adjust, apply, fittings, load, remove, save, trace
+from transom.api import adjust, apply, fittings, load, remove, save, trace
 from transom.errors import TransomError
+from transom.fitting import Fitting
 from transom.fold import fold
 from transom.lens.capture import capture, intervene
 from transom.tokens import restore

@@ -23,8 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from transom import api, hosts
+from transom import hosts
 from transom.errors import FitError, HostError
+from transom.installation import (
+    PREFIX,
+    Installation,
+    add_modules,
+    drop_modules,
+    installations,
+    uninstall,
+)
 from transom.ops import token_norm
 from transom.slots import Part
 
@@ -369,20 +377,20 @@ def _substitute(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module]) ->
 def _own_parameters(model: nn.Module) -> set[int]:
     """Parameters that came with a method."""
     found: set[int] = set()
-    for installation in api._installations(model):
-        own = getattr(installation.host.root, api._PREFIX, None)
+    for installation in installations(model):
+        own = getattr(installation.host.root, PREFIX, None)
         found |= set() if own is None else {id(p) for p in own.parameters()}
     return found
 
 
 def _settle(model: nn.Module, substitutes: Mapping[nn.Module, nn.Module], sealed: bool) -> None:
     """Make what a fitting's norms became a part of the host, and drop empty fittings."""
-    for installation in api._installations(model):
+    for installation in installations(model):
         _settle_one(installation, substitutes, sealed)
 
 
 def _settle_one(
-    installation: Any, substitutes: Mapping[nn.Module, nn.Module], sealed: bool
+    installation: Installation, substitutes: Mapping[nn.Module, nn.Module], sealed: bool
 ) -> None:
     host = installation.host
     for fitting in installation.fittings:
@@ -397,13 +405,13 @@ def _settle_one(
                     norms[place] = None
             fitting.fills[i] = replace(fill, norms=(norms[0], norms[1]))
     empty = [f for f in installation.fittings if not any(fill.slots() for fill in f.fills)]
-    api._drop_modules(installation, installation.fittings)
+    drop_modules(installation, installation.fittings)
     installation.fittings = [f for f in installation.fittings if f not in empty]
     if not installation.fittings:
-        api._uninstall(installation)
+        uninstall(installation)
         return
     for fitting in installation.fittings:
-        api._add_modules(installation, fitting)
+        add_modules(installation, fitting)
     installation.refresh()
     installation.sealed = sealed
 
@@ -417,7 +425,7 @@ def _caller(model: nn.Module, example: Any) -> Callable[[], Any]:
 
 def _own_call(model: Any) -> Callable[[], Any]:
     """A call of the host in a model, or of the model on a random image as large as its own."""
-    for installation in api._installations(model):
+    for installation in installations(model):
         return _caller(installation.host.root, installation.host.example())
     try:
         host = hosts.find(model)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transom import api
 from transom.errors import FitError, HostError, SettingsError
 from transom.hosts import Host
+from transom.installation import Installation, installations
 from transom.registry import Method, Takes
 from transom.slots import Fill
 from transom.watching import GUESTS, NAMES, Edit, Watch, watching
@@ -163,7 +164,7 @@ def _watched(
 
 def _fit_watched(model: nn.Module, decoder: bool | None, check: bool) -> str | None:
     """Fit something that fills nothing if nothing is fitted; its slug."""
-    there = [i.host.decodes for i in api._installations(model)]
+    there = [i.host.decodes for i in installations(model)]
     if decoder in there or (decoder is None and there):
         return None
     kinds: list[Method] = [Watched(), WatchedDecoder()]
@@ -180,8 +181,8 @@ def _fit_watched(model: nn.Module, decoder: bool | None, check: bool) -> str | N
     raise refused
 
 
-def _chosen(model: nn.Module, decoder: bool | None) -> api._Installation:
-    found = api._installations(model)
+def _chosen(model: nn.Module, decoder: bool | None) -> Installation:
+    found = installations(model)
     if decoder is not None:
         return next(i for i in found if i.host.decodes == decoder)
     if len(found) > 1:
