@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts import hf_vision
 from transom.hosts.base import Change, Host, parts, put
-from transom.hosts.hf_common import Carried, encoders, first, follow, register, stack
+from transom.hosts.hf_attention import Carried, follow, register
+from transom.hosts.hf_common import encoders, first, stack
 from transom.hosts.hf_vision import PreNormBlock
 from transom.slots import Ask
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from transom.errors import HostError, TokensError
 from transom.hosts.base import Change, Host, parts, put
-from transom.hosts.hf_common import Carried, HfBlock, encoders, first, register, stack
+from transom.hosts.hf_attention import Carried, register
+from transom.hosts.hf_block import HfBlock
+from transom.hosts.hf_common import encoders, first, stack
 from transom.slots import Ask, FittedStack, Part
 from transom.tokens import Record
 

@@ -22,15 +22,9 @@ from torch import Tensor, nn
 from transom.errors import HostError, TokensError
 from transom.hosts import hf_vision
 from transom.hosts.base import Change, Host, Reads, parts
-from transom.hosts.hf_common import (
-    HfBlock,
-    arguments,
-    encoders,
-    first,
-    register,
-    stack,
-    unpadded,
-)
+from transom.hosts.hf_attention import register
+from transom.hosts.hf_block import HfBlock
+from transom.hosts.hf_common import arguments, encoders, first, stack, unpadded
 from transom.slots import Ask
 
 # Parts of a block whose attention and ffn close with a norm of their own, or beside them.

@@ -2,7 +2,7 @@
 
 An encoder is a module with embeddings that hold patch embeddings, and one stack of pre-norm
 layers. Names of parts are known by role; a part, parameter or attention with another structure is
-refused by name. See :mod:`transom.hosts.hf_common` for the attention.
+refused by name. See :mod:`transom.hosts.hf_attention` for the attention.
 """
 
 from __future__ import annotations
@@ -16,18 +16,9 @@ from torch import Tensor, nn
 
 from transom.errors import ExportError, HostError, TokensError
 from transom.hosts.base import Change, Host, Modality, Reads, example_pixels, parts, put
-from transom.hosts.hf_common import (
-    ATTENTION,
-    RELATIVE,
-    HfBlock,
-    arguments,
-    encoders,
-    first,
-    register,
-    role,
-    stack,
-    unpadded,
-)
+from transom.hosts.hf_attention import RELATIVE, register
+from transom.hosts.hf_block import HfBlock
+from transom.hosts.hf_common import ATTENTION, arguments, encoders, first, role, stack, unpadded
 from transom.ops import attention
 from transom.slots import Ask, Part
 
