@@ -329,7 +329,7 @@ class HideMethod(Method):
 def test_visual_positions_are_told(name: str) -> None:
     model, given = HOSTS[name](), inputs(name)
     seen: list[Tensor | None] = []
-    transom.apply(model, LookMethod(seen))
+    transom.apply(model, LookMethod(seen.append))
     model.generate(**given, max_new_tokens=3, do_sample=False)
     assert len(seen) == 3
     expected = given["input_ids"] == IMAGE
@@ -341,9 +341,9 @@ def test_visual_positions_are_told(name: str) -> None:
 
 @dataclass(frozen=True)
 class LookMethod(Method):
-    """Writes down what its ask says about visual keys, in the first block."""
+    """Tells what its ask says about visual keys, in the first block."""
 
-    seen: Any = None
+    tell: Any = None
     slug: ClassVar[str] = "look"
     takes = "decoder"
 
@@ -352,8 +352,7 @@ class LookMethod(Method):
                 for i in range(host.depth)]  # fmt: skip
 
     def _look(self, q: Tensor, k: Tensor, v: Tensor, **asked: Any) -> Tensor:
-        visual = asked["ask"].visual
-        self.seen.append(visual)
+        self.tell(asked["ask"].visual)
         return reference.attention(q, k, v, asked["bias"], asked["scale"])
 
 
