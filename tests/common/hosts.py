@@ -23,6 +23,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if not parameter.numel():
+            continue
         if parameter.dim() > 1:
             # one image must not look like the next: patches speak louder than what is learned
             parameter.data = noise * parameter[0].numel() ** -0.5

@@ -14,7 +14,8 @@ import transom
 from tests.common.cases import anatomy
 from tests.common.hosts import HOSTS, call, images, tensors
 from tests.papers.crossget_models import learn
-from tests.zoo.hf_zoo import FAMILIES, FITS, told_images
+from tests.zoo.hf_inputs import told_images
+from tests.zoo.hf_zoo import FAMILIES, FITS
 from transom import hosts
 from transom.errors import FitError, SettingsError
 from transom.hosts import Host

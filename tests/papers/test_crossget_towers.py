@@ -15,7 +15,7 @@ import transom
 from tests.common.cases import anatomy
 from tests.common.hosts import HOSTS, hf_clip, images, tensors
 from tests.papers.crossget_models import blip, clip, learn, words
-from tests.zoo.hf_zoo import questions
+from tests.zoo.hf_inputs import questions
 from transom.errors import FitError, HostError, SettingsError, TokensError
 from transom.papers.tokens.crossget import aligning, fit_towers, from_transformers
 

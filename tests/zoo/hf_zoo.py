@@ -1,48 +1,45 @@
-"""Small transformers models with random weights, one or more of each family an adapter may meet.
-
-Width 32, 3 blocks, images of 32 x 32 pixels in patches of 8. Every parameter is drawn anew, so
-that a part which a fitted block leaves out (a bias, a layer scale, a norm) shows in the output.
-Dropout is on in training mode wherever a family has it.
-"""
+"""The families of transformers that an adapter may meet, one or more small models of each."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
-WIDTH, DEPTH, HEADS, SIZE, PATCH = 32, 3, 4, 32, 8
-IMAGE_TOKEN, QUERIES = 60, 5
-
-SETTINGS: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 64,
-    "mlp_ratio": 2,
-    "image_size": SIZE,
-    "patch_size": PATCH,
-    "num_labels": 10,
-    "projection_dim": 16,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "attention_dropout": 0.1,
-    "drop_path_rate": 0.2,
-}
-WORDS: dict[str, Any] = {
-    "vocab_size": 64,
-    "max_position_embeddings": 48,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-LANGUAGE: dict[str, Any] = {**WORDS, "num_key_value_heads": HEADS, "head_dim": 8}
+from tests.zoo.hf_builders import (
+    BLIP_TEXT,
+    BLIP_WORDS,
+    CLIP,
+    DEPTH,
+    HEADS,
+    IMAGE_TOKEN,
+    LANGUAGE,
+    LLAMA,
+    PATCH,
+    QUERIES,
+    SIZE,
+    WIDTH,
+    WORDS,
+    blip_2,
+    joint,
+    one,
+)
+from tests.zoo.hf_inputs import (
+    images,
+    masked_images,
+    pairs,
+    patches,
+    prompt,
+    questions,
+    several,
+    sound,
+    text,
+    told_images,
+    video,
+)
 
 
 @dataclass(frozen=True)
@@ -60,141 +57,6 @@ class Family:
     refused: str = ""
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """`model` in evaluation mode with every parameter drawn from a seeded generator."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if not parameter.numel():
-            continue
-        if parameter.dim() > 1:
-            parameter.data = noise * parameter[0].numel() ** -0.5
-        else:
-            constant = bool((parameter == parameter.flatten()[0]).all())
-            parameter.data = 0.2 * noise + (parameter.data if constant else 0.0)
-    return model.eval()
-
-
-def configured(config: str, **changes: Any) -> Any:
-    """A configuration of transformers with those of SETTINGS that it knows.
-
-    A change to None leaves a setting as transformers has it.
-    """
-    known = getattr(transformers, config)
-    names = {*inspect.signature(known).parameters, "num_labels"}
-    chosen = {name: value for name, value in SETTINGS.items() if name in names}
-    chosen.update(changes)
-    return known(**{name: value for name, value in chosen.items() if value is not None})
-
-
-def one(model: str, config: str, **changes: Any) -> nn.Module:
-    """A model by the names of its classes."""
-    return randomised(getattr(transformers, model)(configured(config, **changes)))
-
-
-def joint(model: str, config: str, parts: Mapping[str, Any], **changes: Any) -> nn.Module:
-    """A model of several towers, each given as the name of its configuration or as (name, {})."""
-    towers = {}
-    for part, given in parts.items():
-        name, settings = (given, {}) if isinstance(given, str) else given
-        towers[part] = configured(name, **settings)
-    own = getattr(transformers, config)(**towers, **changes)
-    return randomised(getattr(transformers, model)(own))
-
-
-def _noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(count: int, seed: int = 0) -> dict[str, Tensor]:
-    return {"pixel_values": _noise(seed, count, 3, SIZE, SIZE)}
-
-
-def masked_images(count: int, seed: int = 0) -> dict[str, Tensor]:
-    return {**images(count, seed), "noise": _noise(seed + 1, count, 16).sigmoid()}
-
-
-def video(count: int, seed: int = 0) -> dict[str, Tensor]:
-    return {"pixel_values": _noise(seed, count, 4, 3, SIZE, SIZE)}
-
-
-def sound(count: int, seed: int = 0) -> dict[str, Tensor]:
-    return {"input_values": _noise(seed, count, 48, 32)}
-
-
-def patches(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """SigLIP2: rows of patches, images of different size padded."""
-    shapes = torch.tensor([[4, 4], [3, 4], [2, 5]])[torch.arange(count) % 3]
-    mask = (torch.arange(16) < shapes.prod(-1)[:, None]).long()
-    values = _noise(seed, count, 16, 3 * PATCH**2)
-    return {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-def text(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Sentences of different length, padded on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    length = torch.tensor([14, 9, 12, 5])[torch.arange(count) % 4]
-    words = torch.randint(3, 59, (count, 14), generator=generator)
-    mask = (torch.arange(14) < length[:, None]).long()
-    words[:, 0] = 0
-    return {"input_ids": words.masked_fill(mask == 0, 1), "attention_mask": mask}
-
-
-def pairs(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Images and words."""
-    words = {k: v for k, v in text(count, seed).items() if k == "input_ids"}
-    return {**images(count, seed), **words}
-
-
-def prompt(image_tokens: int, count: int, seed: int = 0) -> dict[str, Tensor]:
-    """A prompt with one image for a vision-language model."""
-    words = torch.full((count, image_tokens + 4), IMAGE_TOKEN)
-    words[:, :2], words[:, -2:] = 5, 7
-    return {**images(count, seed), "input_ids": words}
-
-
-def several(image_tokens: int, count: int, seed: int = 0) -> dict[str, Tensor]:
-    """The same for models that take (B, images, 3, h, w)."""
-    found = prompt(image_tokens, count, seed)
-    return {**found, "pixel_values": found["pixel_values"][:, None]}
-
-
-def questions(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Images, each with a text, some of them padded."""
-    return {**images(count, seed), **text(count, seed)}
-
-
-def told_images(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Texts with the tokens of an image to look at."""
-    return {**text(count, seed), "encoder_hidden_states": _noise(seed, count, 7, WIDTH)}
-
-
-def blip_2() -> nn.Module:
-    """Vision tower, Q-Former and a decoder."""
-    settings: dict[str, Any] = {
-        "vision_config": configured("Blip2VisionConfig").to_dict(),
-        "qformer_config": configured(
-            "Blip2QFormerConfig",
-            vocab_size=64,
-            max_position_embeddings=48,
-            pad_token_id=1,
-            encoder_hidden_size=WIDTH,
-            cross_attention_frequency=2,
-        ).to_dict(),
-        "text_config": configured(
-            "OPTConfig", **WORDS, ffn_dim=64, word_embed_proj_dim=WIDTH, dropout=0.1
-        ).to_dict(),
-        "num_query_tokens": QUERIES,
-        "image_token_index": IMAGE_TOKEN,
-    }
-    config = transformers.Blip2Config(**settings)
-    return randomised(transformers.Blip2ForConditionalGeneration(config))
-
-
-CLIP = "CLIPTextConfig", WORDS
-BLIP_WORDS = {**WORDS, "sep_token_id": 2, "encoder_hidden_size": WIDTH}
-BLIP_TEXT = "BlipTextConfig", BLIP_WORDS
-LLAMA = "LlamaConfig", LANGUAGE
 MAPS = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 
 FAMILIES: dict[str, Family] = {

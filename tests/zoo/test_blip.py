@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 import transom
 from tests.common.cases import anatomy
-from tests.zoo.hf_zoo import (
-    BLIP_TEXT,
-    FAMILIES,
-    QUERIES,
-    blip_2,
-    images,
-    joint,
-    prompt,
-    questions,
-    text,
-    told_images,
-)
+from tests.zoo.hf_builders import BLIP_TEXT, QUERIES, blip_2, joint
+from tests.zoo.hf_inputs import images, prompt, questions, text, told_images
+from tests.zoo.hf_zoo import FAMILIES
 from transom.errors import TokensError
 
 BLIP: dict[str, Any] = {

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import transom
 from tests.common.cases import anatomy, close, same
 from tests.common.hosts import tensors
-from tests.zoo.hf_zoo import DEPTH, FAMILIES, FITS, REFUSED, SIZE, TEXT, images, text
+from tests.zoo.hf_builders import DEPTH, SIZE
+from tests.zoo.hf_inputs import images, text
+from tests.zoo.hf_zoo import FAMILIES, FITS, REFUSED, TEXT
 from transom import hosts
 from transom.errors import HostError
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import transom
 from tests.common.cases import close
 from tests.common.hosts import tensors
-from tests.zoo.hf_zoo import FAMILIES, TEXT, text
+from tests.zoo.hf_inputs import text
+from tests.zoo.hf_zoo import FAMILIES, TEXT
 from transom.errors import ExportError, TokensError
 from transom.export import export
 
