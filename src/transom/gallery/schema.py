@@ -98,17 +98,17 @@ subscribers = Table(
     Column("ended", Moment),
 )
 
+
+def _of_a_subscriber() -> Column[int]:
+    there = ForeignKey("subscribers.id", ondelete="CASCADE")
+    return Column("subscriber_id", Integer, there, nullable=False, index=True)
+
+
 interests = Table(
     "interests",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column(
-        "subscriber_id",
-        Integer,
-        ForeignKey("subscribers.id", ondelete="CASCADE"),
-        nullable=False,
-        index=True,
-    ),
+    _of_a_subscriber(),
     Column("kind", String(20), nullable=False),
     Column("value", String(200), nullable=False),
     Column("ask", Integer, nullable=False),  # with which ask it came
@@ -119,13 +119,7 @@ letters = Table(
     "letters",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column(
-        "subscriber_id",
-        Integer,
-        ForeignKey("subscribers.id", ondelete="CASCADE"),
-        nullable=False,
-        index=True,
-    ),
+    _of_a_subscriber(),
     Column("kind", String(20), nullable=False),  # digest or confirmation
     Column("state", String(20), nullable=False, index=True),
     Column("content", LargeBinary, nullable=False),  # the message as it is sent

@@ -121,16 +121,17 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     if prefix > 1:
         scores[:, :, : prefix // 2] = -torch.inf
     order = descending(scores.amax(-1))
-    source, unmerged = order[:, :r], order[:, r:]
+    place = 2 * order
+    source, unmerged = place[:, :r], place[:, r:]
     if prefix:
         unmerged = unmerged.sort(-1).values
     odd = torch.arange(1, count, 2, device=metric.device).expand(metric.shape[0], -1)
     # the maximum alone is much cheaper than its place, which only the sources need
-    into = rows.take(scores, source).argmax(-1)
+    into = rows.take(scores, order[:, :r]).argmax(-1)
     if prefix < 2:
-        return Matching(torch.cat([2 * unmerged, odd], 1), 2 * source, unmerged.shape[1] + into)
-    keep, places = _interleave(2 * unmerged, odd, prefix)
-    return Matching(keep, 2 * source, places[into])
+        return Matching(torch.cat([unmerged, odd], 1), source, unmerged.shape[1] + into)
+    keep, places = _interleave(unmerged, odd, prefix)
+    return Matching(keep, source, places[into])
 
 
 @torch.no_grad()
@@ -198,14 +199,10 @@ def gaussian_energy(units: Tensor, margin: float) -> Tensor:
     return distance.square_().mul_(-0.5).exp_().mean(-1) / (width * (2 * torch.pi) ** 0.5)
 
 
-def _flow(order: Tensor, a: Tensor, b: Tensor, into: Tensor, prefix: int) -> Matching:
-    """Tokens `a` flow into `b` at the places `into`; those of `order` stay in front of `b`.
-
-    All four are counted behind the prefix, which stays in front of everything.
-    """
-    front = torch.arange(prefix, device=order.device).expand(order.shape[0], -1)
-    keep = torch.cat([front, order + prefix, b + prefix], 1)
-    return Matching(keep, a + prefix, into + (prefix + order.shape[1]))
+def _flow(rest: Tensor, a: Tensor, b: Tensor, into: Tensor, prefix: int) -> Matching:
+    """Tokens `a` flow into `b` at the places `into`; prefix and `rest` stay in front of `b`."""
+    front = torch.arange(prefix, device=rest.device).expand(rest.shape[0], -1)
+    return Matching(torch.cat([front, rest, b], 1), a, into + (prefix + rest.shape[1]))
 
 
 @torch.no_grad()
@@ -223,10 +220,11 @@ def energy_pairs(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Match
         then the destinations.
     """
     order = descending(score)
-    pairs = order[:, : 2 * r]
-    high = rows.take(units, pairs)
+    high = rows.take(units, order[:, : 2 * r])
     into = torch.bmm(high[:, ::2], high[:, 1::2].mT).argmax(-1)
-    return _flow(order[:, 2 * r :], pairs[:, ::2], pairs[:, 1::2], into, prefix)
+    place = order + prefix
+    pairs = place[:, : 2 * r]
+    return _flow(place[:, 2 * r :], pairs[:, ::2], pairs[:, 1::2], into, prefix)
 
 
 @torch.no_grad()
@@ -244,7 +242,8 @@ def energy_bipartite(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> M
         similarity, then the destinations.
     """
     order = descending(score)
-    a, b = order[:, ::2], order[:, 1::2]
+    place = order + prefix
+    a, b = place[:, ::2], place[:, 1::2]
     ordered = rows.take(units, order)
     similarity = torch.bmm(ordered[:, ::2], ordered[:, 1::2].mT)
     ranks = descending(similarity.amax(-1))
@@ -268,10 +267,10 @@ def energy_halves(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matc
         then the destinations.
     """
     order = descending(score)
-    a, b = order[:, :r], order[:, r : 2 * r]
     high = rows.take(units, order[:, : 2 * r])
     into = torch.bmm(high[:, :r], high[:, r:].mT).argmax(-1)
-    return _flow(order[:, 2 * r :], a, b, into, prefix)
+    place = order + prefix
+    return _flow(place[:, 2 * r :], place[:, :r], place[:, r : 2 * r], into, prefix)
 
 
 class Reserved(NamedTuple):

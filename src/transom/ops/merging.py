@@ -70,9 +70,9 @@ def merge(
     precise = torch.promote_types(x.dtype, torch.float32)
     if total is None:
         total = merged_size(size, matching, precise)
-    share = total.gather(1, matching.into[..., None]).to(precise).reciprocal()
-    if size is not None:
-        share = size.gather(1, matching.source[..., None]) * share
+    whole = total.gather(1, matching.into[..., None]).to(precise)
+    part = None if size is None else size.gather(1, matching.source[..., None])
+    share = whole.reciprocal() if part is None else part / whole
     change = (source - rows.take(kept, matching.into)) * share.to(x.dtype)
     return rows.add_(kept, matching.into, change)
 

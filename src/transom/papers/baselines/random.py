@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -112,12 +112,15 @@ class Random(Method):
     layers: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
     seed: int = 0
+    may_empty: ClassVar[bool] = False
+    """Whether it may be that none stays."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
+        least = "from 0" if self.may_empty else "above 0"
+        if not 0 <= self.keep_rate <= 1 or (not self.keep_rate and not self.may_empty):
             raise SettingsError(
                 f"keep_rate is {self.keep_rate!r}; expected the part of patch tokens that stays: "
-                "above 0, at most 1"
+                f"{least}, at most 1"
             )
 
     def fit(self, host: Host) -> list[Fill]:

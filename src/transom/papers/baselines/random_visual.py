@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from transom.errors import SettingsError
-from transom.hosts.base import Host
-from transom.registry import Method, Takes
-from transom.settings import named_blocks, one_a_block
+from transom.papers.baselines.random import Random
+from transom.registry import Takes
 from transom.slots import Ask, Fill
 from transom.tokens import Tokens
 
@@ -69,11 +67,11 @@ class KeepSome:
 
 
 @dataclass(frozen=True)
-class RandomVisual(Method):
+class RandomVisual(Random):
     """Random pruning of the image tokens inside a decoder.
 
     Attributes:
-        keep_rate: part of the image tokens that stays behind a reducing layer.
+        keep_rate: part of the image tokens that stays behind a reducing layer; 0 lets all leave.
         layers: reducing layers, counted from 0; by default those at a quarter, a half and three
             quarters of the depth.
         counts: tokens left behind each layer, text included, instead of rates: the control of a
@@ -81,36 +79,9 @@ class RandomVisual(Method):
         seed: of the draw.
     """
 
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | None = None
-    counts: tuple[int, ...] | None = None
-    seed: int = 0
+    may_empty: ClassVar[bool] = True
     takes: ClassVar[Takes] = "decoder"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.keep_rate <= 1:
-            raise SettingsError(
-                f"keep_rate is {self.keep_rate!r}; expected the part of image tokens that stays: "
-                "0 to 1"
-            )
-
-    def fit(self, host: Host) -> list[Fill]:
-        depth = host.depth
-        if self.counts is not None:
-            counts = one_a_block(self.counts, depth, "counts")
-            return [self._fill(i, count) for i, count in enumerate(counts)]
-        layers = named_blocks(self.layers, depth)
-        reduces = [i in layers and self.keep_rate < 1 for i in range(depth)]
-        return [self._fill(i, None) if on else Fill() for i, on in enumerate(reduces)]
-
-    def _fill(self, layer: int, count: int | None) -> Fill:
-        step = KeepSome(self.keep_rate, count, self.seed * 1000 + layer)
+    def _fill(self, block: int, count: int | None) -> Fill:
+        step = KeepSome(self.keep_rate, count, self.seed * 1000 + block)
         return Fill(after=step, asks=False, drops=True)
-
-    @classmethod
-    def grid(cls, depth: int, patches: int) -> list[dict[str, Any]]:
-        return [{"keep_rate": rate} for rate in (0.9, 0.7, 0.5)]
-
-    @classmethod
-    def neutral(cls) -> dict[str, Any]:
-        return {"keep_rate": 1.0}
