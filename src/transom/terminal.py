@@ -32,14 +32,9 @@ def errors() -> Console:
 
 def _console(at_least: int, *, stderr: bool) -> Console:
     found = Console(stderr=stderr)
-    width = found.width
     if not found.is_terminal and "COLUMNS" not in os.environ:
-        width = UNBROKEN
-    return (
-        found
-        if at_least <= width == found.width
-        else Console(stderr=stderr, width=max(width, at_least))
-    )
+        at_least = max(at_least, UNBROKEN)
+    return found if found.width >= at_least else Console(stderr=stderr, width=at_least)
 
 
 class Progress:
