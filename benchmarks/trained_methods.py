@@ -5,11 +5,11 @@
 
 Every method takes as many tokens out of each block as EViT at the keep rate, so that all cost
 about the same; those that cannot be told how many, and those that take none out, follow with their
-default settings and no keep rate. The recipe fixes model, data and
-budget. With the methods: the plain model after the same fine-tuning, random pruning, and a smaller
+default settings and no keep rate. The recipe fixes model, data and budget. With the methods: the plain model after the same fine-tuning, random pruning, and a smaller
 plain model of at most EViT's FLOPs, trained from scratch with the base model's own recipe and the
 fine-tuning's number of epochs on top. Writes docs/results/trained_methods.csv; each row is there as
-soon as it is known, and rows of other models stay.
+soon as it is known. Rows of other models stay, and with --add those of this model that are not
+measured again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import csv
 import datetime
 import json
 import math
+import multiprocessing
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,9 @@ def main() -> None:
                         "trained from scratch; as --seeds by default")  # fmt: skip
     parser.add_argument("--methods", nargs="+", help="slugs; all that fit by default")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, one thread each")
+    parser.add_argument("--add", action="store_true", help="rows of this model that are not "
+                        "measured again stay")  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page", action="store_true", help="only write the page of the rows there")
     parser.add_argument("changes", nargs="*", help="of the recipe, KEY=VALUE")
@@ -69,7 +75,6 @@ def main() -> None:
     recipe = read_recipe(given.recipe, given.changes)
     host = build_model(recipe.model)
     splits = load_splits(recipe.data, preprocessing_of(host), classes_of(host) or 0)
-    batch = splits.test.sample(64)
     common = {
         "model": recipe.model.name,
         "test_images": len(splits.test),
@@ -78,18 +83,34 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe()['processor']}, {torch.get_num_threads()} thread(s)",
     }
-    done = [row for row in read(given.out) if row["model"] != recipe.model.name]
+    # what is timed is timed first, while nothing trains beside it
+    plan = [
+        ({**common, **values}, trained)
+        for values, trained in planned(given, recipe, host, splits, splits.test.sample(64))
+    ]
+    again = {name(values) for values, _ in plan}
+    stay = [row for row in read(given.out) if row["model"] != recipe.model.name or given.add]
+    stay = [row for row in stay if name(row) not in again]
+    finish(plan, stay, given)
+    page(given.out.with_suffix(".md"), read(given.out))
 
-    def add(**values: Any) -> None:
-        done.append({**common, **values})
-        write(given.out, done)
-        print({**values}, flush=True)
 
-    plain = score(host, splits)
-    for seed in range(given.seeds):
-        tuned = tune(replace(recipe, method=None), seed)
-        add(method="plain", seed=seed, gflops=cost(host, batch), speedup=1.0,
-            off_the_shelf=plain, fine_tuned=tuned)  # fmt: skip
+Planned = tuple[dict[str, Any], Recipe]
+
+
+def planned(
+    given: argparse.Namespace, recipe: Recipe, host: nn.Module, splits: Any, batch: torch.Tensor
+) -> Iterator[Planned]:
+    """Each row but for its accuracy after training, and the recipe of that training."""
+    values: dict[str, Any] = {
+        "method": "plain",
+        "gflops": cost(host, batch),
+        "speedup": 1.0,
+        "off_the_shelf": score(host, splits),
+    }
+    if not given.methods or "plain" in given.methods:
+        for seed in range(given.seeds):
+            yield {**values, "seed": seed}, replace(recipe, method=None, seed=seed)
     for rate in [*given.keep_rates, None]:
         chosen = others(host) if rate is None else methods(host, *taken(host, rate, given.layers))
         for slug, settings in chosen:
@@ -105,19 +126,17 @@ def main() -> None:
                 "speedup": speedup(host, fitted, batch, given.rounds),
                 "off_the_shelf": score(fitted, splits),
             }
-            part = MethodPart(slug, settings)
+            print(values, flush=True)
             for seed in range(given.seeds):
-                changed = part
-                if slug == "random":  # another seed is another subset
-                    changed = replace(part, settings={**settings, "seed": seed})
-                tuned = tune(replace(recipe, method=changed), seed)
-                add(**values, seed=seed, fine_tuned=tuned)
+                # of random, another seed is another subset
+                more = {"seed": seed} if slug == "random" else {}
+                part = MethodPart(slug, {**settings, **more})
+                yield {**values, "seed": seed}, replace(recipe, method=part, seed=seed)
         if rate is not None and given.smaller:
             fitted = shared_copy(host)
             layers = given.layers and tuple(given.layers)
             transom.apply(fitted, "evit", check=False, keep_rate=rate, layers=layers)
-            smaller(recipe, rate, cost(fitted, batch), host, batch, given, add)
-    page(given.out.with_suffix(".md"), read(given.out))
+            yield from smaller(recipe, rate, cost(fitted, batch), host, batch, given)
 
 
 def smaller(
@@ -127,35 +146,53 @@ def smaller(
     host: nn.Module,
     batch: torch.Tensor,
     given: argparse.Namespace,
-    add: Any,
-) -> None:
+) -> Iterator[Planned]:
     """Rows of a plain model, narrower than the host, of at most so many GFLOPs."""
-    name = recipe.model.name.removeprefix("transom/")
-    path = ASSETS / f"{name}.json"
+    own = recipe.model.name.removeprefix("transom/")
+    path = ASSETS / f"{own}.json"
     if not path.is_file():
         print(f"no smaller plain model: {recipe.model.name} does not ship with its recipe")
         return
     base = parse_recipe(json.loads(path.read_text())["recipe"])
+    base = replace(base, data=replace(base.data, test_limit=recipe.data.test_limit))
     heads = base.model.args["num_heads"]
     for width in range(base.model.args["embed_dim"] - heads, 0, -heads):
         part = replace(base.model, args={**base.model.args, "embed_dim": width})
         small = build_model(part)
         if cost(small, batch) <= limit:
             break
+    epochs = base.epochs + recipe.epochs
+    values = {
+        "method": "smaller plain",
+        "settings": json.dumps({"embed_dim": width}),
+        "keep_rate": rate,
+        "gflops": cost(small, batch),
+        "speedup": speedup(host, small, batch, given.rounds),
+        "epochs": epochs,
+    }
     for seed in range(given.smaller):
-        longer = replace(base, model=part, seed=seed, epochs=base.epochs + recipe.epochs)
-        with tempfile.TemporaryDirectory() as folder:
-            accuracy = train(longer, folder).score.accuracy
-        add(
-            method="smaller plain",
-            settings=json.dumps({"embed_dim": width}),
-            keep_rate=rate,
-            seed=seed,
-            gflops=cost(small, batch),
-            speedup=speedup(host, small, batch, given.rounds),
-            fine_tuned=round(accuracy, 3),
-            epochs=longer.epochs,
-        )
+        yield {**values, "seed": seed}, replace(base, model=part, seed=seed, epochs=epochs)
+
+
+def finish(plan: list[Planned], stay: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Train, the longest first, and write each row as soon as it is known, in the plan's order."""
+    known: dict[int, float] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.jobs, context, torch.set_num_threads, (1,)) as pool:
+        order = sorted(range(len(plan)), key=lambda i: -plan[i][1].epochs)
+        running = {pool.submit(tune, plan[i][1]): i for i in order}
+        for done in as_completed(running):
+            i = running[done]
+            known[i] = done.result()
+            found = [{**plan[j][0], "fine_tuned": known[j]} for j in sorted(known)]
+            write(given.out, [*stay, *found])
+            print(f"{len(known)}/{len(plan)} {plan[i][0]['method']}: {known[i]}", flush=True)
+
+
+def name(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row is about, but for its seed."""
+    rate = row.get("keep_rate")
+    return row["model"], row["method"], "" if rate is None else str(rate)
 
 
 def taken(model: nn.Module, rate: float, layers: list[int] | None) -> tuple[list[int], int]:
@@ -206,10 +243,10 @@ def fits(model: nn.Module, slug: str, settings: dict[str, Any]) -> bool:
     return True
 
 
-def tune(recipe: Recipe, seed: int) -> float:
-    """Accuracy after the recipe, in percent."""
+def tune(recipe: Recipe) -> float:
+    """Accuracy after a recipe, in percent."""
     with tempfile.TemporaryDirectory() as folder:
-        return round(train(replace(recipe, seed=seed), folder).score.accuracy, 3)
+        return round(train(recipe, folder).score.accuracy, 3)
 
 
 def score(model: nn.Module, splits: Any) -> float:
@@ -255,8 +292,8 @@ def page(path: Path, rows: list[dict[str, str]]) -> None:
         "Test accuracy in percent: the mean over seeds, with the lowest and highest. At one keep",
         "rate all methods take the same number of tokens out of each block; without one a method",
         "has its default settings. `smaller plain` is narrower, of at most EViT's FLOPs, trained",
-        "from scratch for the epochs of the model and of its fine-tuning together. Speed-ups were",
-        "measured beside other work and are coarse.",
+        "from scratch for the epochs of the model and of its fine-tuning together. Speed-ups are",
+        "those of batches of 64; of models as small as these they are coarse.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
