@@ -5,11 +5,11 @@
 
 Every method takes as many tokens out of each block as EViT at the keep rate, so that all cost
 about the same; those that cannot be told how many, and those that take none out, follow with their
-default settings and no keep rate. The recipe fixes model, data and budget. With the methods: the plain model after the same fine-tuning, random pruning, and a smaller
-plain model of at most EViT's FLOPs, trained from scratch with the base model's own recipe and the
-fine-tuning's number of epochs on top. Writes docs/results/trained_methods.csv; each row is there as
-soon as it is known. Rows of other models stay, and with --add those of this model that are not
-measured again.
+default settings and no keep rate. The recipe fixes model, data and budget. With the methods: the
+plain model after the same fine-tuning, random pruning, and a smaller plain model of at most EViT's
+FLOPs, trained from scratch with the base model's own recipe and the fine-tuning's number of epochs
+on top. Writes docs/results/trained_methods.csv; each row is there as soon as it is known. Rows of
+other models stay, and with --add those of this model that are not measured again.
 """
 
 from __future__ import annotations
