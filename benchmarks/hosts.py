@@ -92,7 +92,8 @@ def families() -> list[tuple[str, str, Callable[[], nn.Module], Run]]:
     found: list[tuple[str, str, Callable[[], nn.Module], Run]] = []
     builders = {**timm_zoo.FITS, **{name: made[0] for name, made in timm_zoo.REFUSED.items()}}
     for name, build in builders.items():
-        found.append(("timm", name, lambda build=build: timm_zoo.own(build), see))
+        library = "transom" if name in timm_zoo.OURS else "timm"
+        found.append((library, name, lambda build=build: timm_zoo.own(build), see))
     for name, family in hf_zoo.FAMILIES.items():
 
         def give(model: nn.Module, family: Any = family) -> list[Tensor]:

@@ -93,6 +93,14 @@ def timm_rotary(**changes: Any) -> nn.Module:
     return timm_vit(Eva, use_rot_pos_emb=True, use_abs_pos_emb=False, **changes)
 
 
+def compact(**changes: Any) -> nn.Module:
+    """A compact transformer of 4 x 4 tokens."""
+    from transom.papers.tokens.cct.network import CompactTransformer
+
+    size = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "hidden": 8, "num_classes": 10}
+    return randomised(CompactTransformer(**{**size, **changes}))
+
+
 def hf(model: str, config: str, **changes: Any) -> nn.Module:
     """A vision model of transformers by the names of its classes; the rest is its configuration."""
     import transformers
@@ -165,6 +173,8 @@ HOSTS: dict[str, Callable[..., nn.Module]] = {
     "timm-parallel": partial(timm_block, "ParallelScalingBlock", init_values=0.5),
     "timm-rotary": timm_rotary,
     "timm-wide": partial(timm_vit, img_size=(32, 48), num_classes=0, global_pool=""),
+    "compact-convolution": partial(compact, conv_layers=3),
+    "compact-class": partial(compact, kernel=PATCH, convolutional=False, seq_pool=False),
     "hf-vit": partial(hf, *VIT),
     "hf-deit": partial(hf, *DEIT),
     "hf-dinov2": partial(hf, *DINOV2, use_swiglu_ffn=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -232,8 +231,8 @@ def test_loads_its_own_state(backbone: Backbone) -> None:
         assert torch.equal(a(x), b(x))
 
 
-def _converters() -> Iterator[str]:
-    return (slug for slug, room in registry.rooms().items() if room.backbones)
+def _converters() -> list[str]:
+    return [slug for slug, room in registry.rooms().items() if room.backbones]
 
 
 @pytest.mark.parametrize("slug", _converters())

@@ -19,7 +19,7 @@ PLAIN = (
     *("hf-vit", "hf-deit", "hf-dinov2", "hf-dinov2-registers", "hf-dinov2-backbone"),
     *("hf-clip-vision", "hf-clip", "hf-siglip-vision", "hf-siglip"),
 )
-CLOSED = ("timm-post-norm", "timm-parallel")
+CLOSED = ("timm-post-norm", "timm-parallel", "compact-convolution", "compact-class")
 
 
 @pytest.mark.parametrize("host", PLAIN)

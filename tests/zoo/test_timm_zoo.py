@@ -75,7 +75,7 @@ WITHOUT_POSITIONS = [
     for family in FITS
     if not family.startswith(("eva02", "eva-post", "beit", "relpos", "naflex", "qwen", "deepseek"))
     and family not in ("beit3", "dinov3", "rope-mixed", "perception-encoder", "sapiens2")
-    and family != "vit-hybrid"
+    and family not in ("vit-hybrid", "cct")  # convolutions see the neighbours
 ]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.common.hosts import randomised, timm_gated
+from tests.common.hosts import compact, randomised, timm_gated
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 48, 8, 32, 3, 4
 GRID = SIDE // PATCH
@@ -295,6 +295,13 @@ FITS: dict[str, Build] = {
     "torchvision-vit": torchvision_vit,
     "openai-clip-form": lambda: randomised(ImageTower()),
 }
+
+# registered with timm by transom itself
+OURS: dict[str, Build] = {
+    "cct": partial(compact, img_size=SIDE, conv_layers=3),
+    "vit-lite": partial(compact, img_size=SIDE, kernel=PATCH, convolutional=False, seq_pool=False),
+}
+FITS |= OURS
 
 if importlib.util.find_spec("open_clip"):
     FITS |= {

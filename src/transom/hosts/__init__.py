@@ -6,6 +6,7 @@ from torch import nn
 
 from transom.errors import HostError
 from transom.hosts import (
+    compact,
     hf_clip_text,
     hf_common,
     hf_decoder,
@@ -20,7 +21,7 @@ from transom.hosts.base import Change, Host, put
 
 __all__ = ["ADAPTERS", "Change", "Host", "find", "put"]
 
-ENCODERS = (timm_vit, timm_windows, multihead, hf_vision, hf_text, hf_clip_text)
+ENCODERS = (timm_vit, timm_windows, compact, multihead, hf_vision, hf_text, hf_clip_text)
 DECODERS = (hf_decoder,)
 ADAPTERS = (*ENCODERS, *DECODERS)
 
@@ -64,7 +65,8 @@ def find(model: nn.Module, decodes: bool = False) -> Host:
             or f"{type(model).__name__} is not a supported host. Supported are timm's "
             "VisionTransformer and what is built on it, Eva, Beit, Cait, NaFlexVit and relative-"
             "position ViTs, torchvision's VisionTransformer, the image towers of open_clip and "
-            "CLIP, and transformers' encoders of images, video, sound and text"
+            "CLIP, transom's compact transformers, and transformers' encoders of images, video, "
+            "sound and text"
         )
     if len(hosts) > 1:
         names = [host.name or type(host.root).__name__ for host in hosts]

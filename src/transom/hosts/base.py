@@ -149,7 +149,7 @@ class RestoredIntermediates:
 
     Attributes:
         owner: the module that has the method.
-        stack: name of its child that holds the blocks.
+        stack: path of the module below it that holds the blocks.
     """
 
     def __init__(self, owner: nn.Module, stack: str) -> None:
@@ -159,8 +159,16 @@ class RestoredIntermediates:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner: Any = self.owner
         # a shallow view that exists for this call only; the model itself is not touched
-        view = copy.copy(owner)
+        view = _with(owner, self.stack)
         view.__dict__.pop("forward_intermediates")
-        restoring = RestoringStack(getattr(owner, self.stack))
-        view.__dict__["_modules"] = {**owner._modules, self.stack: restoring}
         return type(owner).forward_intermediates(view, *args, **kwargs)
+
+
+def _with(module: nn.Module, path: str) -> Any:
+    """A shallow copy of a module in which the stack at this path restores."""
+    view = copy.copy(module)
+    name, _, below = path.partition(".")
+    child: Any = getattr(module, name)
+    new = _with(child, below) if below else RestoringStack(child)
+    view.__dict__["_modules"] = {**module._modules, name: new}
+    return view

@@ -22,6 +22,9 @@ code SHI-Labs/Compact-Transformers@cd11f09 (Apache-2.0; these files are our own)
 are the official ones. There the `_sine` models get learnable positions, because the factories
 never hand the choice on; here they get sines.
 
+Other methods fit onto these models (`transom.hosts.compact`): the token step of a layer runs behind
+LN_1, and merged tokens are restored in front of the sequence pooling.
+
 Checked: tokenizer, layer, CCT with both kinds of positions, and CVT against golden cases with
 gradients. Not checked: accuracies; ViT-Lite has no golden case. Left out: the variant for text.
 """

@@ -333,7 +333,7 @@ class CompactTransformer(Isotropic):
             attn_drop=attn_drop_rate,
             drop_path=drop_path_rate,
         )
-        self.num_prefix_tokens = self.classifier.prefix
+        self.img_size, self.num_prefix_tokens = size, self.classifier.prefix
         self.reset_classifier(num_classes)
         self.classifier.apply(narrow)
 
