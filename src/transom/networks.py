@@ -2,7 +2,7 @@
 
 A :class:`Network` runs units, and knows their head, pooling, checkpointing, intermediate features
 and pruning. Units are blocks of one width (:class:`Isotropic`), or stages of growing width, over
-maps (:class:`Staged`) or over tokens (:class:`Tokens`). A room writes only what is its paper's: how
+maps (:class:`Staged`) or over tokens (:class:`TokenNetwork`). A room writes only what is its paper's: how
 the units are made and run (`trunk`), and what stands behind the last one (`final`).
 """
 
@@ -332,7 +332,7 @@ class Staged(Network):
         return x if pre_logits else self.head(x)
 
 
-class Tokens(Network):
+class TokenNetwork(Network):
     """Units over tokens, and a norm behind the last.
 
     What leaves a unit is a tuple that begins with tokens (B, P + h w, D) and the grid (h, w) of
@@ -377,7 +377,7 @@ class Tokens(Network):
         }
 
 
-class Isotropic(Tokens):
+class Isotropic(TokenNetwork):
     """Blocks of one width over tokens."""
 
     grows: ClassVar[bool] = False

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from transom.errors import SettingsError
-from transom.networks import Tokens, image_grid, narrow, patch_grid
+from transom.networks import TokenNetwork, image_grid, narrow, patch_grid
 from transom.papers.compression.vit_resnas.definition import BlockDef, Definition, ReduceDef
 from transom.papers.compression.vit_resnas.layers import (
     Absent,
@@ -39,7 +39,7 @@ class Flow(NamedTuple):
     mask: Tensor | None
 
 
-class ViTResNAS(Tokens):
+class ViTResNAS(TokenNetwork):
     """Multi-stage vision transformer made from a network definition.
 
     Args:
