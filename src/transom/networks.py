@@ -2,8 +2,8 @@
 
 A :class:`Network` runs units, and knows their head, pooling, checkpointing, intermediate features
 and pruning. Units are blocks of one width (:class:`Isotropic`), or stages of growing width, over
-maps (:class:`Staged`) or over tokens (:class:`TokenNetwork`). A room writes only what is its paper's: how
-the units are made and run (`trunk`), and what stands behind the last one (`final`).
+maps (:class:`Staged`) or over tokens (:class:`TokenNetwork`). A room writes only what is its
+paper's: how the units are made and run (`trunk`), and what stands behind the last one (`final`).
 """
 
 from __future__ import annotations
