@@ -44,8 +44,11 @@ def models() -> dict[str, str]:
         found[SALIENCY] = "Saliency, DINOv2 ViT-S/14 (trained)"
     from transom.measure.models import shipped
 
-    named = {"transom/cifar10-vit": "CIFAR-10 ViT, 32 pixels (trained)",
-             "transom/digits-vit": "Digits ViT, 8 pixels (trained)"}  # fmt: skip
+    named = {
+        "transom/cifar10-vit": "CIFAR-10 ViT, 32 pixels (trained)",
+        "transom/cifar10-cct": "CIFAR-10 CCT, 32 pixels (trained)",
+        "transom/digits-vit": "Digits ViT, 8 pixels (trained)",
+    }
     found |= {name: named.get(name, name) for name in shipped()}
     found["vit_tiny_patch16_224"] = "ViT-Ti/16 (random weights)"
     found["vit_small_patch16_224"] = "ViT-S/16 (random weights)"
