@@ -175,11 +175,14 @@ def smaller(
 
 
 def finish(plan: list[Planned], stay: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """Train, the longest first, and write each row as soon as it is known, in the plan's order."""
+    """Train and write each row as soon as it is known, in the plan's order.
+
+    The longest begin, then all with the first seed, so that a run that is stopped has every method.
+    """
     known: dict[int, float] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, context, torch.set_num_threads, (1,)) as pool:
-        order = sorted(range(len(plan)), key=lambda i: -plan[i][1].epochs)
+        order = sorted(range(len(plan)), key=lambda i: (-plan[i][1].epochs, plan[i][1].seed))
         running = {pool.submit(tune, plan[i][1]): i for i in order}
         for done in as_completed(running):
             i = running[done]
