@@ -121,9 +121,9 @@ def test_images_gone_before_a_layer_that_needs_them(slug: str, hide: bool) -> No
         ("dyvte", {"exit_layer": 99}, "4 layers"),
         ("dyvte", {"exit_layer": -1}, "from 0"),
         ("dpn", {"layers": (4,), "strides": (((2, 2),),)}, "layers 0 to 3"),
-        ("random-visual", {"layers": (1, 4)}, "layers 0 to 3"),
-        ("random-visual", {"counts": (20, 11)}, "the decoder has 4"),
-        ("random-visual", {"keep_rate": 1.5}, "0 to 1"),
+        ("random-visual", {"layers": (1, 4)}, "blocks 0 to 3"),
+        ("random-visual", {"counts": (20, 11)}, "the host has 4"),
+        ("random-visual", {"keep_rate": 1.5}, "from 0, at most 1"),
     ],
 )
 def test_layers_and_numbers_out_of_range(slug: str, settings: dict[str, Any], word: str) -> None:
