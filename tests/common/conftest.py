@@ -34,6 +34,10 @@ LONG = (
 )
 
 
+# What takes long for every method and is the exporter's work: one method is enough.
+ONCE = ("test_onnx",)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent != HERE or not hasattr(item, "callspec"):
@@ -42,7 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         method, host = params.get("method"), params.get("host", FIRST_HOST)
         name = item.name.partition("[")[0]
         other = isinstance(method, str) and method not in THOROUGH
-        if (other and (host != FIRST_HOST or name in LONG)) or (
-            "backbone" in params and name in LONG
+        again = name in ONCE and method != "tome"
+        if (
+            again
+            or (other and (host != FIRST_HOST or name in LONG))
+            or ("backbone" in params and name in LONG)
         ):
             item.add_marker(pytest.mark.slow)

@@ -253,6 +253,7 @@ def test_average_precision() -> None:
     assert average_precision(scores, labels).tolist() == pytest.approx(list(expected))
 
 
+@pytest.mark.slow
 def test_mosaics_of_digits_are_learned_in_order() -> None:
     images, labels = digits()
     test = mosaics(images[1::2], labels[1::2], [0, 1, 2, 3], 200, seed=5)

@@ -100,6 +100,6 @@ def test_a_model_learns_with_it() -> None:
         steps.zero_grad()
         loss.backward()
         steps.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert model.patch_embed.attention1.kqv.weight.grad.abs().max() > 0
     assert losses[-1] < 0.5 * losses[0]
