@@ -53,7 +53,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cifar10_evit.yaml")
-    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--keep-rates", type=float, nargs="*", default=[0.7, 0.5])
     parser.add_argument("--layers", type=int, nargs="+", help="blocks that EViT reduces in")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smaller", type=int, help="seeds of the smaller plain model, which is "
