@@ -1,7 +1,10 @@
 """What token methods lose off the shelf, and what the same fine-tuning gives back.
 
-    python benchmarks/trained_methods.py --recipe recipes/cifar10_evit.yaml --seeds 3
-    python benchmarks/trained_methods.py --recipe recipes/digits_evit.yaml --seeds 3
+    python benchmarks/trained_methods.py --recipe recipes/digits_evit.yaml
+    python benchmarks/trained_methods.py LIMITS --keep-rates 0.7 --smaller 0
+    python benchmarks/trained_methods.py LIMITS --keep-rates --smaller 0 --seeds 1 --add
+
+made what is in docs/results, with data.train_limit=12800 data.test_limit=5000 for LIMITS.
 
 Every method takes as many tokens out of each block as EViT at the keep rate, so that all cost
 about the same; those that cannot be told how many, and those that take none out, follow with their
@@ -291,7 +294,8 @@ def page(path: Path, rows: list[dict[str, str]]) -> None:
     """The rows as Markdown: means over seeds, with the lowest and highest."""
     text = [
         "# Methods off the shelf and after the same fine-tuning\n",
-        "Made by `python benchmarks/trained_methods.py`; every row is in `trained_methods.csv`.",
+        "Made by `python benchmarks/trained_methods.py` with the arguments that stand at its top;",
+        "every row is in `trained_methods.csv`.",
         "Test accuracy in percent: the mean over seeds, with the lowest and highest. At one keep",
         "rate all methods take the same number of tokens out of each block; without one a method",
         "has its default settings. `smaller plain` is narrower, of at most EViT's FLOPs, trained",

@@ -122,7 +122,7 @@ def hf(model: str, config: str, **changes: Any) -> nn.Module:
     return randomised(getattr(transformers, model)(known(**{**own, **changes})))
 
 
-def hf_clip(**changes: Any) -> nn.Module:
+def hf_clip(**changes: Any) -> Any:
     """CLIP with both towers."""
     from transformers import CLIPConfig, CLIPModel
 

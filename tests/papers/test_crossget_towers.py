@@ -26,7 +26,7 @@ class TestTextTower:
     """CLIP's text tower: causal, read at the end of each text."""
 
     def test_neutral_real_and_back(self) -> None:
-        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model: Any = hf_clip().text_model
         ids = words(3, 12, 64, END)
         ids[1, 6:], ids[2, 3:] = END, END
         plain, before = tensors(model(ids)), anatomy(model)
@@ -44,7 +44,7 @@ class TestTextTower:
 
     @pytest.mark.parametrize("cross", [False, True])
     def test_what_stands_behind_the_end_does_not_matter(self, cross: bool) -> None:
-        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model: Any = hf_clip().text_model
         ids = words(3, 12, 64, END)
         ids[1, 6:], ids[2, 3:] = END, END
         transom.apply(model, "crossget", r=2, cross=cross)
@@ -59,7 +59,7 @@ class TestTextTower:
 
     def test_words_before_the_end_hear_no_cross_token(self) -> None:
         """As in the released code: the cross token stands last, and the mask is causal."""
-        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model: Any = hf_clip().text_model
         ids = words(2, 12, 64, END)
         plain = model(ids).last_hidden_state
         transom.apply(model, "crossget", r=0, cross=True)
@@ -69,7 +69,7 @@ class TestTextTower:
     def test_the_tower_is_found_in_what_wraps_it(self) -> None:
         from transformers import CLIPTextModelWithProjection
 
-        config = hf_clip().config.text_config  # type: ignore[attr-defined]
+        config = hf_clip().config.text_config
         model: Any = CLIPTextModelWithProjection(config).eval()
         ids = words(2, 12, 64, END)
         plain = model(ids).text_embeds
@@ -82,7 +82,7 @@ class TestTextTower:
 
     def test_the_end_of_first_checkpoints_is_the_largest_id(self) -> None:
         """Their configurations say 2, which is no end."""
-        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model: Any = hf_clip().text_model
         model.eos_token_id = 2
         ids = words(2, 12, 64, 63)
         ids[1, 5], ids[1, 6:] = 63, 0
@@ -93,7 +93,7 @@ class TestTextTower:
         torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
 
     def test_methods_that_mix_up_the_order_are_refused(self) -> None:
-        model: Any = hf_clip().text_model  # type: ignore[attr-defined]
+        model: Any = hf_clip().text_model
         for method in ("tome", "pitome", "random"):
             with pytest.raises(FitError, match="stay in order"):
                 transom.apply(model, method, **transom.registry.methods()[method].grid(3, 10)[-1])

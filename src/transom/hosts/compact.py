@@ -120,7 +120,7 @@ def _host(root: Any, name: str) -> Host:
         for i, block in enumerate(encoder.blocks._modules.values())
         if block is not None
     ]
-    pooled: Reads = "pooled" if encoder.seq_pool else "class token"
+    reads: Reads = "pooled" if encoder.seq_pool else "class token"
     cfg = getattr(root, "pretrained_cfg", None) or {}
     channels = next(m for m in root.tokenizer.modules() if isinstance(m, nn.Conv2d)).in_channels
     return Host(
@@ -134,7 +134,7 @@ def _host(root: Any, name: str) -> Host:
         prefix=encoder.prefix,
         class_token=not encoder.seq_pool,
         grid=encoder.grid,
-        reads=pooled if root.global_pool else "tokens",
+        reads=reads if root.global_pool else "tokens",
         architecture=str(cfg.get("architecture", "") or ""),
         example=partial(example_pixels, root, channels, root.img_size),
         install=partial(_install, root, views),

@@ -424,7 +424,7 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
         # without a GPU accelerate overlooks a launch for FSDP: each process would train alone
         raise TrainingError(
             f"{processes} processes were launched, but each would train alone, because accelerate "
-            f"found no GPU; give device=cpu to share the work on a CPU, and leave FSDP to GPUs"
+            "found no GPU; give device=cpu to share the work on a CPU, and leave FSDP to GPUs"
         )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise SettingsError("precision is fp16, which needs a GPU; use bf16 or fp32 on the CPU")
