@@ -197,9 +197,11 @@ class Tokens:
             one = valid.to(torch.float32)[..., None]
             weight = (one if weight is None else weight * one).clamp(min=1e-30)
             size = one if size is None else size * one
+        if weight is size:
+            x, total = merging.merge_by_size(self.x, matching, size)
+            return self._after(x, matching, total)
         total = merging.merged_size(size, matching, torch.float32)
-        same = weight is size
-        x = merging.merge(self.x, matching, "mean", weight, total if same else None)
+        x = merging.merge(self.x, matching, "mean", weight)
         return self._after(x, matching, total)
 
     def _ensemble(self, matching: Matching, shares: Tensor) -> Tokens:

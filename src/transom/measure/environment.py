@@ -11,7 +11,7 @@ import torch
 
 Environment = dict[str, str | int | float]
 
-_PACKAGES = ("torch", "timm", "transformers")
+_PACKAGES = ("torch", "timm", "transformers", "numba")
 
 
 def describe(device: torch.device | str = "cpu") -> Environment:

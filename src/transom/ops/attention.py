@@ -27,12 +27,12 @@ def key_bias(size: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> T
         return None
     if size is None:
         assert valid is not None
-        bias = torch.zeros_like(valid, dtype=dtype)
+        bias = torch.zeros_like(valid, dtype=dtype)[:, None, None]
     else:
-        bias = size[..., 0].log().to(dtype)
+        bias = size.log().to(dtype).mT[:, None]
     if valid is not None:
-        bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
-    return bias[:, None, None]
+        bias = bias.masked_fill(~valid[:, None, None], torch.finfo(dtype).min)
+    return bias
 
 
 def attend(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.ops import rows
+from transom.ops import native, rows
 
 
 class Matching(NamedTuple):
@@ -64,7 +64,8 @@ class Matching(NamedTuple):
 
 def unit(metric: Tensor) -> Tensor:
     """Rows of `metric` (B, N, c) scaled to length one; a zero row stays zero."""
-    return F.normalize(metric, dim=-1, eps=1e-12)
+    length = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+    return metric / length.clamp_min(1e-12)
 
 
 def descending(score: Tensor) -> Tensor:
@@ -92,7 +93,6 @@ def _interleave(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tens
     return order, torch.tensor(places, device=first.device)
 
 
-@torch.no_grad()
 def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     """ToMe's bipartite soft matching: even positions choose their most similar odd position.
 
@@ -114,6 +114,15 @@ def bipartite(metric: Tensor, r: int, prefix: int = 0) -> Matching:
     if count < 2:  # a single token has no partner
         stay = torch.arange(count, device=metric.device).expand(metric.shape[0], -1)
         return Matching(stay, stay[:, :0], stay[:, :0])
+    if prefix < 2 and native.serves(metric):
+        return Matching(*native.bipartite(metric, r, prefix))
+    return _bipartite(metric, r, prefix)
+
+
+@torch.no_grad()
+def _bipartite(metric: Tensor, r: int, prefix: int) -> Matching:
+    """The same in plain torch, for at least two tokens."""
+    count = metric.shape[1]
     metric = unit(metric)
     scores = torch.bmm(metric[:, ::2], metric[:, 1::2].mT)  # (B, ceil(N/2), floor(N/2))
     if prefix:
@@ -271,6 +280,33 @@ def energy_halves(units: Tensor, score: Tensor, r: int, prefix: int = 0) -> Matc
     into = torch.bmm(high[:, :r], high[:, r:].mT).argmax(-1)
     place = order + prefix
     return _flow(place[:, 2 * r :], place[:, :r], place[:, r : 2 * r], into, prefix)
+
+
+def by_energy(
+    metric: Tensor, r: int, prefix: int, margin: float, kind: str, alpha: float = 1.0
+) -> Matching:
+    """PiToMe's matching of r tokens.
+
+    Args:
+        metric: (B, N, c).
+        r: tokens to remove, at most half of those behind the prefix.
+        prefix: leading tokens that are left alone.
+        margin: similarity from which a neighbour counts in full.
+        kind: "pitome" (:func:`energy_pairs`), "bipartite" (:func:`energy_bipartite`) or "text"
+            (:func:`energy_halves`).
+        alpha: of the ELU; not used for text.
+
+    Returns:
+        A matching with M = N - r.
+    """
+    if kind == "pitome" and native.serves(metric):
+        return Matching(*native.energy_pairs(metric, margin, alpha, r, prefix))
+    with torch.no_grad():
+        units = unit(metric[:, prefix:])
+        if kind == "text":
+            return energy_halves(units, gaussian_energy(units, margin), r, prefix)
+        pick = energy_pairs if kind == "pitome" else energy_bipartite
+        return pick(units, energy(units, margin, alpha), r, prefix)
 
 
 class Reserved(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transom.ops import rows
+from transom.ops import native, rows
 from transom.ops.matching import Matching
 
 Mode = Literal["mean", "sum", "max"]
@@ -75,6 +75,23 @@ def merge(
     share = whole.reciprocal() if part is None else part / whole
     change = (source - rows.take(kept, matching.into)) * share.to(x.dtype)
     return rows.add_(kept, matching.into, change)
+
+
+def merge_by_size(x: Tensor, matching: Matching, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean of each group by size, and the sizes of the groups.
+
+    Args:
+        x: (B, N, D).
+        matching: of N tokens.
+        size: (B, N, 1) float32; None when every token stands for itself.
+
+    Returns:
+        (B, M, D), and (B, M, 1) float32.
+    """
+    if native.serves(x) and (size is None or native.serves(size)):
+        return native.merge(x, size, *matching)
+    total = merged_size(size, matching, torch.float32)
+    return merge(x, matching, "mean", size, total), total
 
 
 def ensemble(

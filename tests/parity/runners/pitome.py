@@ -7,7 +7,7 @@ from torch import Tensor
 
 import transom
 from transom.ops import matching, merging
-from transom.papers.tokens.pitome import PiToMe, match, removed
+from transom.papers.tokens.pitome import PiToMe, removed
 from transom.tokens import Layout, Record, Tokens
 
 from ..golden import Golden
@@ -22,7 +22,7 @@ def matched(golden: Golden) -> dict[str, Tensor]:
         matching.unit(inputs["metric"][:, prefix:]), config["margin"], config["alpha"]
     )
     r = removed(score.shape[1], config["ratio"])
-    found = match(inputs["metric"], r, prefix, config["margin"], kind, config["alpha"])
+    found = matching.by_energy(inputs["metric"], r, prefix, config["margin"], kind, config["alpha"])
     out = _tokens(inputs["x"], prefix, inputs["size"]).merge(found)
     return {**_merged(out), "energy": score, "mean": merging.merge(inputs["x"], found)}
 
@@ -31,7 +31,7 @@ def matched_text(golden: Golden) -> dict[str, Tensor]:
     config, inputs = golden.config, golden.inputs
     prefix = int(config["class_token"])
     r = removed(inputs["x"].shape[1] - prefix, config["ratio"])
-    found = match(inputs["metric"], r, prefix, config["margin"], "text")
+    found = matching.by_energy(inputs["metric"], r, prefix, config["margin"], "text")
     return _merged(_tokens(inputs["x"], prefix, None).merge(found, weighted=False))
 
 

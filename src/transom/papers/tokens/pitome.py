@@ -84,7 +84,7 @@ class MergeByEnergy:
         metric = attended.key if self.metric == "key" else tokens.x.detach()
         valid = tokens.record.valid
         if valid is None:
-            found = match(metric, r, tokens.prefix, self.margin, self.kind, self.alpha)
+            found = matching.by_energy(metric, r, tokens.prefix, self.margin, self.kind, self.alpha)
         else:
             found = padded.by_energy(
                 metric, valid, self.ratio, self.margin, self.kind, tokens.prefix, self.alpha
@@ -97,30 +97,6 @@ class MergeByEnergy:
 def removed(count: int, ratio: float) -> int:
     """How many of `count` patch tokens leave when `ratio` of them stay."""
     return 0 if ratio >= 1 else math.floor(count - count * ratio)
-
-
-def match(
-    metric: Any, r: int, prefix: int, margin: float, kind: str, alpha: float = 1.0
-) -> matching.Matching:
-    """PiToMe's matching of r tokens.
-
-    Args:
-        metric: (B, N, c).
-        r: tokens to remove.
-        prefix: leading tokens that are left alone.
-        margin: similarity from which a neighbour counts in full.
-        kind: "pitome", "bipartite" or "text".
-        alpha: of the ELU; not used for text.
-
-    Returns:
-        A matching with M = N - r.
-    """
-    units = matching.unit(metric[:, prefix:])
-    if kind == "text":
-        return matching.energy_halves(units, matching.gaussian_energy(units, margin), r, prefix)
-    score = matching.energy(units, margin, alpha)
-    pick = matching.energy_pairs if kind == "pitome" else matching.energy_bipartite
-    return pick(units, score, r, prefix)
 
 
 @dataclass(frozen=True)
