@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import transom
+from transom import ops
 from transom.ops import matching, merging, native
 from transom.ops.matching import Matching
 
@@ -40,7 +43,7 @@ def twins(call: Callable[[], Any]) -> tuple[Any, Any]:
     """What a call gives with the kernels and without them."""
     compiled = call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "INSTALLED", False)
+        patch.setattr(native, "_kernels", lambda: None)
         return compiled, call()
 
 
@@ -176,6 +179,7 @@ def test_a_model_gives_the_same(method: tuple[str, dict[str, Any]]) -> None:
     assert flops() == twins(flops)[1]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")
 def test_when_they_stand_aside() -> None:
     x = torch.randn(2, 3)
     assert native.serves(x)
@@ -202,3 +206,25 @@ def test_when_they_stand_aside() -> None:
         torch.jit.trace(ask, torch.randn(2, 3), check_trace=False)
         torch.compile(ask, backend="eager", fullgraph=False)(torch.randn(2, 3))
     assert asked and not any(asked)
+
+
+def test_a_numba_that_does_not_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('needs another NumPy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("numba", "transom.ops.kernels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(ops, "kernels", raising=False)
+    native._kernels.cache_clear()
+    try:
+        assert not native.serves(torch.zeros(1, 2))
+        assert not native.serves(torch.zeros(1, 2))
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "needs another NumPy" in caplog.text
+        monkeypatch.setattr(native, "find_spec", lambda name: None)
+        native._kernels.cache_clear()
+        assert not native.serves(torch.zeros(1, 2))
+        assert len(caplog.records) == 1  # to be without it is nothing to warn of
+    finally:
+        native._kernels.cache_clear()

@@ -11,6 +11,7 @@ The first call compiles a kernel, which takes seconds; the result is kept on dis
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-INSTALLED = find_spec("numba") is not None
+log = logging.getLogger(__name__)
+
 FEW = 8
 """Items of a batch up to which one thread here is as fast as all of torch's."""
 
@@ -31,7 +33,7 @@ def serves(*tensors: Tensor) -> bool:
     Args:
         tensors: (B, ...), all that a kernel would read.
     """
-    if torch.compiler.is_compiling() or not INSTALLED or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     watched = (
         torch._C._get_tracing_state() is not None
@@ -39,19 +41,26 @@ def serves(*tensors: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
-    return not watched and all(
+    fit = not watched and all(
         type(tensor) is Tensor
         and tensor.dtype == torch.float32
         and tensor.is_cpu
         and tensor.shape[0] <= FEW
         for tensor in tensors
     )
+    return fit and _kernels() is not None
 
 
 @cache
 def _kernels() -> Any:
-    from transom.ops import kernels
-
+    """The module of the kernels; None where numba is missing or does not work."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from transom.ops import kernels
+    except ImportError as error:
+        log.warning("numba cannot be imported, so token steps run in plain torch: %s", error)
+        return None
     return kernels
 
 
