@@ -308,7 +308,7 @@ def page(path: Path, rows: list[dict[str, str]]) -> None:
         text += [
             f"\n## {model}\n",
             f"{first['train_images']} training and {first['test_images']} test images, "
-            f"{first['epochs']} epochs of fine-tuning, {first['machine']}, {first['date']}. "
+            f"{first['epochs']} epoch(s) of fine-tuning, {first['machine']}, {first['date']}. "
             f"One test image is {100 / int(first['test_images']):.2f} points.\n",
             "| keep rate | method | GFLOPs | speed-up | off the shelf | fine-tuned | seeds |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -319,9 +319,10 @@ def page(path: Path, rows: list[dict[str, str]]) -> None:
         means = {key: mean(group) for key, group in groups.items()}
         for (rate, method), group in groups.items():
             tuned = [float(row["fine_tuned"]) for row in group]
+            before = group[0]["off_the_shelf"]
             text.append(
                 f"| {rate or '–'} | {method} | {float(group[0]['gflops']):.4g} | "
-                f"{float(group[0]['speedup']):.2f}× | {group[0]['off_the_shelf'] or '–'} | "
+                f"{float(group[0]['speedup']):.2f}× | {f'{float(before):.2f}' if before else '–'} | "
                 f"{means[rate, method]:.2f} ({min(tuned):.2f}–{max(tuned):.2f}) | {len(group)} |"
             )
         text.append("")
