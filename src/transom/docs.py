@@ -3,8 +3,8 @@
     python -m transom.docs            rewrite what is stale
     python -m transom.docs --check    change nothing; name what is stale and exit with 1
 
-Two things are generated, both from the registry and the cards: what stands between
-`<!-- generated:NAME -->` and `<!-- /generated -->` in README.md and docs/, and one page
+Two things are generated, from the registry, the cards and the measured results: what stands
+between `<!-- generated:NAME -->` and `<!-- /generated -->` in README.md and docs/, and one page
 docs/papers/SLUG.md for every paper that works.
 """
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from transom import hosts, registry
 from transom.cards import Card, Code, load_cards
 from transom.errors import TransomError
+from transom.gallery.results import results
 from transom.parity import parity
 
 _PART = re.compile(
@@ -264,7 +265,79 @@ def _host_fields() -> list[str]:
     return _table(["field", "what it is"], rows)
 
 
+def _speeds() -> list[str]:
+    """Token methods on one host: what they gain, and what the FLOPs would allow."""
+    found = results()["token_reduction"]
+    host, shown = "ViT-B/16", ("evit", "tome", "pitome", "crossget")
+    own = [row for row in found.rows if row["host"] == host]
+    gains = {(row["method"], row["settings"], row["batch_size"]): row["speedup"] for row in own}
+    rows = []
+    for row in own:
+        if row["method"] not in shown or row["batch_size"] != "8":
+            continue
+        each = [float(gains[row["method"], row["settings"], size]) for size in ("1", "8")]
+        rows.append(
+            (
+                f"`{row['method']}`",
+                row["settings"],
+                row["tokens"],
+                f"{float(row['gflops']):.1f}",
+                f"{float(row['speedup_limit']):.2f}×",
+                *(f"{gain:.2f}×" for gain in each),
+            )
+        )
+    facts, plain = found.facts, own[0]
+    head = [
+        "method",
+        "settings",
+        "tokens left",
+        "GFLOPs",
+        "FLOPs allow",
+        "at batch 1",
+        "at batch 8",
+    ]
+    return [
+        f"{host} at 224 pixels ({plain['tokens']} tokens, {float(plain['gflops']):.1f} GFLOPs) on "
+        f"{facts['threads']} threads of an {facts['processor']}, float32, {facts['date']}. Speed-ups over the plain model:",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _accuracies() -> list[str]:
+    """Token methods at one budget on the ViT that ships: accuracy before and after fine-tuning."""
+    own = [row for row in results()["trained_methods"].rows if row["model"].endswith("cifar10-vit")]
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in own:
+        if row["method"] == "plain" or row["keep_rate"] == "0.7":
+            groups.setdefault(row["method"], []).append(row)
+    rows = []
+    for method, runs in groups.items():
+        first, tuned = runs[0], [float(run["fine_tuned"]) for run in runs]
+        before = first["off_the_shelf"]
+        rows.append(
+            (
+                method if " " in method or method == "plain" else f"`{method}`",
+                f"{float(first['gflops']) * 1000:.0f}",
+                f"{float(first['speedup']):.2f}×",
+                f"{float(before):.1f}" if before else "–",
+                f"{sum(tuned) / len(tuned):.1f}",
+                str(len(runs)),
+            )
+        )
+    first = own[0]
+    head = ["method", "MFLOPs", "speed-up", "off the shelf", "fine-tuned", "seeds"]
+    return [
+        f"Accuracy in percent of `{first['model']}` on {first['test_images']} test images, off the "
+        f"shelf and after the same fine-tuning on {first['train_images']} images:",
+        "",
+        *_table(head, rows),
+    ]
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
+    "speeds": _speeds,
+    "accuracies": _accuracies,
     "papers-in": _papers_in,
     "papers-coming": _papers_coming,
     "papers-count": _papers_count,
