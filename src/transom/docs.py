@@ -298,7 +298,8 @@ def _speeds() -> list[str]:
     ]
     return [
         f"{host} at 224 pixels ({plain['tokens']} tokens, {float(plain['gflops']):.1f} GFLOPs) on "
-        f"{facts['threads']} threads of an {facts['processor']}, float32, {facts['date']}. Speed-ups over the plain model:",
+        f"{facts['threads']} threads of an {facts['processor']}, float32, "
+        f"{facts['date']}. Speed-ups over the plain model:",
         "",
         *_table(head, rows),
     ]

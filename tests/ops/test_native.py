@@ -101,6 +101,33 @@ def test_by_energy(
     assert torch.equal(found.keep[:, :prefix], torch.arange(prefix).expand(batch, -1))
 
 
+@given(**SHAPES, suffix=st.integers(0, 1), guided=st.booleans(), also=st.booleans())
+def test_complete(
+    batch: int,
+    count: int,
+    width: int,
+    prefix: int,
+    part: float,
+    seed: int,
+    suffix: int,
+    guided: bool,
+    also: bool,
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    metric = metric_of(batch, count, width, seed)
+    importance = torch.rand(batch, count, generator=rng) if guided else None
+    other = torch.randint(prefix, count - suffix, (batch,), generator=rng) if also else None
+    reserved = matching.Reserved(prefix, suffix, other)
+    r = max(1, round(part * (count // 2)))
+    found, expected = twins(lambda: matching.complete(metric, r, importance, reserved))
+    unit = matching.unit(metric)
+    pairs = torch.stack([g[torch.triu(torch.ones_like(g), 1) > 0] for g in unit @ unit.mT])
+    if no_ties(metric, pairs):
+        same(found, expected)
+    everything = torch.cat([found.keep, found.source], 1).sort(1).values
+    assert torch.equal(everything, torch.arange(count).expand(batch, -1))
+
+
 @pytest.mark.parametrize("width", [5, 64])
 @pytest.mark.parametrize("margin", [-1.0, 0.0, 0.9, 1.0])
 def test_energy(width: int, margin: float) -> None:
@@ -134,6 +161,7 @@ def test_odd_values_stay_inside_the_arrays(value: float) -> None:
     for found in (
         matching.bipartite(metric, 6, 1),
         matching.by_energy(metric, 6, 1, 0.9, "pitome"),
+        matching.complete(metric, 6, None, matching.Reserved(1)),
     ):
         everything = torch.cat([found.keep, found.source], 1).sort(1).values
         assert torch.equal(everything, torch.arange(21).expand(2, -1))
@@ -141,6 +169,7 @@ def test_odd_values_stay_inside_the_arrays(value: float) -> None:
     if value == 0:
         same(*twins(lambda: matching.bipartite(metric, 6, 1)))
         same(*twins(lambda: matching.by_energy(metric, 6, 1, 0.9, "pitome")))
+        same(*twins(lambda: matching.complete(metric, 6, None, matching.Reserved(1))))
 
 
 def test_equal_tokens_are_told_apart_by_position() -> None:
@@ -159,7 +188,9 @@ def test_a_part_of_a_wider_tensor() -> None:
     same(matching.bipartite(part, 5, 1), matching.bipartite(part.contiguous(), 5, 1))
 
 
-@pytest.mark.parametrize("method", [("tome", {"r": 3}), ("pitome", {"ratio": 0.8})])
+@pytest.mark.parametrize(
+    "method", [("tome", {"r": 3}), ("pitome", {"ratio": 0.8}), ("crossget", {"r": 3})]
+)
 def test_a_model_gives_the_same(method: tuple[str, dict[str, Any]]) -> None:
     torch.manual_seed(0)
     model = timm.create_model(

@@ -224,6 +224,82 @@ def energy_pairs(
 
 
 @compiled
+def complete_one(
+    graph: Floats,
+    first: int,
+    last: int,
+    also: int,
+    importance: Floats,
+    keep: Places,
+    source: Places,
+    into: Places,
+) -> None:
+    """:func:`complete` of one item."""
+    count, gone = graph.shape[0], source.shape[0]
+    nothing = np.float32(-np.inf)
+    held = np.ones(count, np.bool_)
+    held[first:last] = False
+    if also >= 0:
+        held[also] = True
+    best, sight = np.empty(count, np.float32), np.empty(count, np.float32)
+    for i in range(count):
+        for j in range(i):  # the two directions of a pair may have been rounded differently
+            similar = max(graph[i, j], graph[j, i])
+            graph[i, j] = graph[j, i] = nothing if held[i] or held[j] else similar
+        graph[i, i] = nothing
+    for i in range(count):
+        best[i] = nothing
+        for j in range(count):
+            best[i] = max(best[i], graph[i, j])
+    rank = np.empty(count, np.int64)
+    order = np.argsort(-best, kind="mergesort")  # stable
+    for i in range(count):
+        rank[order[i]] = i
+    for i in range(count):
+        own, most = rank[i], nothing
+        for j in range(count):
+            if rank[j] > own and graph[i, j] > most:
+                most = graph[i, j]
+        sight[i] = importance[i] - most
+    order = np.argsort(sight, kind="mergesort")
+    stays = np.ones(count, np.bool_)
+    for q in range(gone):
+        source[q] = order[q]
+        stays[order[q]] = False
+    kept = 0
+    for i in range(count):
+        if stays[i]:
+            keep[kept] = i
+            kept += 1
+    for q in range(gone):
+        row, place = graph[source[q]], 0
+        for k in range(kept):
+            if row[keep[k]] > row[keep[place]]:
+                place = k
+        into[q] = place
+
+
+@compiled
+def complete(
+    graph: Floats,
+    first: int,
+    last: int,
+    also: Places,
+    importance: Floats,
+    keep: Places,
+    source: Places,
+    into: Places,
+) -> None:
+    """Twin of :func:`transom.ops.matching.complete` behind the product of the units.
+
+    Tokens before the first, from the last on and at also (-1 for none) take no part. The graph
+    is written over.
+    """
+    for b in range(graph.shape[0]):
+        complete_one(graph[b], first, last, also[b], importance[b], keep[b], source[b], into[b])
+
+
+@compiled
 def merge(
     x: Floats,
     size: Floats,

@@ -380,7 +380,6 @@ def complete_order(graph: Tensor, importance: Tensor | None, *, stable: bool = T
     return descending(-priority) if stable else priority.argsort(dim=-1)
 
 
-@torch.no_grad()
 def complete(
     metric: Tensor,
     r: int,
@@ -407,11 +406,20 @@ def complete(
     batch, count, _ = metric.shape
     reserved = Reserved() if reserved is None else reserved
     r = reserved.capped(r, count)
-    graph = complete_graph(metric, reserved.mask(batch, count, metric.device))
-    order = complete_order(graph, importance, stable=stable)
-    source, keep = order[:, :r], order[:, r:].sort(-1).values
-    near = rows.take(graph, source).gather(2, keep[:, None].expand(-1, r, -1))
-    return Matching(keep, source, near.argmax(-1))
+    if stable and native.serves(metric, *([] if importance is None else [importance])):
+        units = unit(metric)
+        last = count - reserved.suffix
+        return Matching(
+            *native.complete(
+                torch.bmm(units, units.mT), importance, r, reserved.prefix, last, reserved.also
+            )
+        )
+    with torch.no_grad():
+        graph = complete_graph(metric, reserved.mask(batch, count, metric.device))
+        order = complete_order(graph, importance, stable=stable)
+        source, keep = order[:, :r], order[:, r:].sort(-1).values
+        near = rows.take(graph, source).gather(2, keep[:, None].expand(-1, r, -1))
+        return Matching(keep, source, near.argmax(-1))
 
 
 @torch.no_grad()

@@ -89,6 +89,29 @@ def energy_pairs(metric: Tensor, margin: float, alpha: float, r: int, prefix: in
     return keep, source, into
 
 
+def complete(
+    graph: Tensor, importance: Tensor | None, r: int, first: int, last: int, also: Tensor | None
+) -> Fields:
+    """Twin of :func:`transom.ops.matching.complete` for at least two tokens.
+
+    Args:
+        graph: (B, N, N) cosines, which are written over.
+        importance: (B, N); None when all tokens matter alike.
+        r: at most half of the tokens that take part.
+        first, last: tokens before and from there on take no part.
+        also: (B,) one more token in each item that does not; None for no other.
+    """
+    batch, count, _ = graph.shape
+    keep, source, into = _places(batch, count - r), _places(batch, r), _places(batch, r)
+    if importance is None:
+        importance = torch.zeros(batch, count)
+    if also is None:
+        also = torch.full((batch,), -1)
+    arrays = [t.contiguous().numpy() for t in (also, importance, keep, source, into)]
+    _kernels().complete(graph.contiguous().numpy(), first, last, *arrays)
+    return keep, source, into
+
+
 def merge(
     x: Tensor, size: Tensor | None, keep: Tensor, source: Tensor, into: Tensor
 ) -> tuple[Tensor, Tensor]:
