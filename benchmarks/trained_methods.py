@@ -2,9 +2,10 @@
 
     python benchmarks/trained_methods.py --recipe recipes/digits_evit.yaml
     python benchmarks/trained_methods.py LIMITS --keep-rates 0.7 --smaller 0
-    python benchmarks/trained_methods.py LIMITS --keep-rates --smaller 0 --seeds 1 --add
+    python benchmarks/trained_methods.py LIMITS --keep-rates 0.7 --smaller 1 --add --methods SLUGS
 
-made what is in docs/results, with data.train_limit=12800 data.test_limit=5000 for LIMITS.
+made what is in docs/results, with data.train_limit=12800 data.test_limit=5000 for LIMITS and the
+slugs of all methods without a keep rate for SLUGS; on the digits, too, some came with --add.
 
 Every method takes as many tokens out of each block as EViT at the keep rate, so that all cost
 about the same; those that cannot be told how many, and those that take none out, follow with their
@@ -320,9 +321,10 @@ def page(path: Path, rows: list[dict[str, str]]) -> None:
         for (rate, method), group in groups.items():
             tuned = [float(row["fine_tuned"]) for row in group]
             before = group[0]["off_the_shelf"]
+            before = f"{float(before):.2f}" if before else "–"
             text.append(
                 f"| {rate or '–'} | {method} | {float(group[0]['gflops']):.4g} | "
-                f"{float(group[0]['speedup']):.2f}× | {f'{float(before):.2f}' if before else '–'} | "
+                f"{float(group[0]['speedup']):.2f}× | {before} | "
                 f"{means[rate, method]:.2f} ({min(tuned):.2f}–{max(tuned):.2f}) | {len(group)} |"
             )
         text.append("")
