@@ -81,6 +81,7 @@ def test_pt2(case: str, family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "family"), cases(("tome",)))
 @torch.no_grad()
 def test_onnx(case: str, family: str, tmp_path: Path) -> None:
