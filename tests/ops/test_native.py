@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,8 +25,8 @@ pytest.importorskip("numba", reason="compiled kernels need numba: pip install 't
 
 SHAPES = {
     "batch": st.integers(1, 3),
-    "count": st.integers(4, 70),
-    "width": st.sampled_from([1, 3, 8, 18, 64]),
+    "count": st.integers(4, 40),
+    "width": st.sampled_from([3, 8, 18, 64]),
     "prefix": st.integers(0, 1),
     "part": st.floats(0, 1),
     "seed": st.integers(0, 99),
@@ -60,22 +60,27 @@ def same(found: Matching, expected: Matching) -> None:
         assert torch.equal(a, b), name
 
 
-def no_ties(metric: Tensor, pairs: Tensor) -> bool:
-    """Whether no two of these similarities are so close that rounding could turn them round."""
-    order = pairs.flatten(1).sort(-1).values
-    return metric.shape[-1] > 1 and bool((order.diff(dim=-1) > 2e-6).all())
+def apart(values: Tensor) -> bool:
+    """Whether no two values of an item are so close that rounding could turn them round."""
+    return bool((values.flatten(1).sort(-1).values.diff(dim=-1) > 2e-6).all())
+
+
+def pairs(metric: Tensor) -> Tensor:
+    """Cosine of each pair of tokens once: (B, N (N - 1) / 2)."""
+    unit = matching.unit(metric)
+    one, other = torch.triu_indices(metric.shape[1], metric.shape[1], 1)
+    return (unit @ unit.mT)[:, one, other]
 
 
 @given(**SHAPES)
 def test_bipartite(batch: int, count: int, width: int, prefix: int, part: float, seed: int) -> None:
     metric = metric_of(batch, count, width, seed)
     r = round(part * ((count - prefix) // 2))
-    unit = matching.unit(metric)
     found, expected = twins(lambda: matching.bipartite(metric, r, prefix))
-    if no_ties(metric, unit[:, ::2] @ unit[:, 1::2].mT):
-        same(found, expected)
     everything = torch.cat([found.keep, found.source], 1).sort(1).values
     assert torch.equal(everything, torch.arange(count).expand(batch, -1))
+    assume(apart(pairs(metric)))
+    same(found, expected)
 
 
 @given(**SHAPES, margin=st.sampled_from([-0.5, 0.0, 0.45, 0.9]), alpha=st.sampled_from([1.0, 0.5]))
@@ -94,11 +99,11 @@ def test_by_energy(
     found, expected = twins(lambda: matching.by_energy(metric, r, prefix, margin, "pitome", alpha))
     unit = matching.unit(metric[:, prefix:])
     score = matching.energy(unit.clone(), margin, alpha)
-    if no_ties(metric, score) and no_ties(metric, (unit @ unit.mT).triu(1)[:, :-1]):
-        same(found, expected)
     everything = torch.cat([found.keep, found.source], 1).sort(1).values
     assert torch.equal(everything, torch.arange(count).expand(batch, -1))
     assert torch.equal(found.keep[:, :prefix], torch.arange(prefix).expand(batch, -1))
+    assume(apart(score) and apart(pairs(metric[:, prefix:])))
+    same(found, expected)
 
 
 @given(**SHAPES, suffix=st.integers(0, 1), guided=st.booleans(), also=st.booleans())
@@ -120,12 +125,10 @@ def test_complete(
     reserved = matching.Reserved(prefix, suffix, other)
     r = max(1, round(part * (count // 2)))
     found, expected = twins(lambda: matching.complete(metric, r, importance, reserved))
-    unit = matching.unit(metric)
-    pairs = torch.stack([g[torch.triu(torch.ones_like(g), 1) > 0] for g in unit @ unit.mT])
-    if no_ties(metric, pairs):
-        same(found, expected)
     everything = torch.cat([found.keep, found.source], 1).sort(1).values
     assert torch.equal(everything, torch.arange(count).expand(batch, -1))
+    assume(apart(pairs(metric)))
+    same(found, expected)
 
 
 @pytest.mark.parametrize("width", [5, 64])
