@@ -104,6 +104,16 @@ def best_column(rows: Floats, places: Places, t: Floats, best: Floats, into: Pla
 
 
 @compiled
+def list_true(chosen: NDArray[np.bool_], step: int, out: Places) -> None:
+    """Places of what is true, times step, from the front of out on."""
+    found = 0
+    for i in range(chosen.shape[0]):
+        if chosen[i]:
+            out[found] = step * i
+            found += 1
+
+
+@compiled
 def bipartite_one(
     metric: Floats, r: int, prefix: int, keep: Places, source: Places, into: Places
 ) -> None:
@@ -123,11 +133,7 @@ def bipartite_one(
         stays[i] = False
         source[q], into[q] = 2 * i, even - r + partner[i]
     if prefix:
-        kept = 0
-        for i in range(even):
-            if stays[i]:
-                keep[kept] = 2 * i
-                kept += 1
+        list_true(stays, 2, keep)
     else:
         for q in range(r, even):
             keep[q - r] = 2 * order[q]
@@ -266,14 +272,10 @@ def complete_one(
     for q in range(gone):
         source[q] = order[q]
         stays[order[q]] = False
-    kept = 0
-    for i in range(count):
-        if stays[i]:
-            keep[kept] = i
-            kept += 1
+    list_true(stays, 1, keep)
     for q in range(gone):
         row, place = graph[source[q]], 0
-        for k in range(kept):
+        for k in range(keep.shape[0]):
             if row[keep[k]] > row[keep[place]]:
                 place = k
         into[q] = place

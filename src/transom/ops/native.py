@@ -64,17 +64,18 @@ def _kernels() -> Any:
     return kernels
 
 
-def _places(batch: int, count: int) -> Tensor:
-    return torch.empty(batch, count, dtype=torch.int64)
-
-
 Fields = tuple[Tensor, Tensor, Tensor]  # of a matching
+
+
+def _room(batch: int, count: int, r: int) -> Fields:
+    keep, source, into = (torch.empty(batch, size, dtype=torch.int64) for size in (count - r, r, r))
+    return keep, source, into
 
 
 def bipartite(metric: Tensor, r: int, prefix: int) -> Fields:
     """Twin of :func:`transom.ops.matching.bipartite` behind its checks, for 0 or 1 prefix token."""
     batch, count, _ = metric.shape
-    keep, source, into = _places(batch, count - r), _places(batch, r), _places(batch, r)
+    keep, source, into = _room(batch, count, r)
     own = metric.contiguous().numpy()
     _kernels().bipartite(own, r, prefix, keep.numpy(), source.numpy(), into.numpy())
     return keep, source, into
@@ -83,7 +84,7 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> Fields:
 def energy_pairs(metric: Tensor, margin: float, alpha: float, r: int, prefix: int) -> Fields:
     """Twin of :func:`transom.ops.matching.by_energy` for its kind "pitome"."""
     batch, count, _ = metric.shape
-    keep, source, into = _places(batch, count - r), _places(batch, r), _places(batch, r)
+    keep, source, into = _room(batch, count, r)
     own, found = metric.contiguous().numpy(), (keep.numpy(), source.numpy(), into.numpy())
     _kernels().energy_pairs(own, float(margin), float(alpha), r, prefix, *found)
     return keep, source, into
@@ -102,7 +103,7 @@ def complete(
         also: (B,) one more token in each item that does not; None for no other.
     """
     batch, count, _ = graph.shape
-    keep, source, into = _places(batch, count - r), _places(batch, r), _places(batch, r)
+    keep, source, into = _room(batch, count, r)
     if importance is None:
         importance = torch.zeros(batch, count)
     if also is None:
