@@ -299,7 +299,7 @@ def _speeds() -> list[str]:
     return [
         f"{host} at 224 pixels ({plain['tokens']} tokens, {float(plain['gflops']):.1f} GFLOPs) on "
         f"{facts['threads']} threads of an {facts['processor']}, float32, "
-        f"{facts['date']}. Speed-ups over the plain model:",
+        f"{facts['date']}, by `{found.command}`. Speed-ups over the plain model:",
         "",
         *_table(head, rows),
     ]
@@ -330,7 +330,8 @@ def _accuracies() -> list[str]:
     head = ["method", "MFLOPs", "speed-up", "off the shelf", "fine-tuned", "seeds"]
     return [
         f"Accuracy in percent of `{first['model']}` on {first['test_images']} test images, off the "
-        f"shelf and after the same fine-tuning on {first['train_images']} images:",
+        f"shelf and after the same fine-tuning on {first['train_images']} images, by "
+        "`python benchmarks/trained_methods.py` with the arguments that stand at its top:",
         "",
         *_table(head, rows),
     ]
